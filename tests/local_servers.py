@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -29,6 +29,22 @@ async def serving(*routes: web.RouteDef, **options: float) -> AsyncIterator[str]
 def said(text: object) -> web.Response:
     """A reply as an OpenAI-compatible endpoint sends it."""
     return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}]})
+
+
+class Replies:
+    """Answers requests with these replies in turn, and with the last one from then on. A reply is a function that makes
+    the response, a dict to send as JSON, or a text as an OpenAI-compatible endpoint sends it."""
+
+    def __init__(self, *replies: Callable[[], web.StreamResponse] | dict[str, object] | str | None) -> None:
+        self.replies = replies
+        self.seen: list[dict[str, Any]] = []
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.seen.append(await request.json())
+        reply = self.replies[min(len(self.seen), len(self.replies)) - 1]
+        if callable(reply):
+            return reply()
+        return web.json_response(reply) if isinstance(reply, dict) else said(reply)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -31,20 +31,11 @@ def make_folder(folder: Path, tied: bool = True, rows: int = 0, family: str = "q
     tokenizer = build_tokenizer(WORDS)
     config = AutoConfig.for_model(
         family,
-        vocab_size=len(tokenizer) + rows,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
+        vocab_size=len(tokenizer) + rows, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+        tie_word_embeddings=tied, initializer_range=0.1, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-    )
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config)
@@ -62,17 +53,9 @@ def published(folder: Path) -> None:
     def spell(config: dict[str, Any]) -> None:
         theta = config.pop("rope_parameters")["rope_theta"]
         del config["dtype"], config["layer_types"], config["pad_token_id"]
-        config.update(
-            {
-                **({"attention_bias": False} if config["model_type"] == "qwen3" else {}),
-                "bos_token_id": 0,
-                "max_window_layers": 2,
-                "rope_scaling": None,
-                "rope_theta": int(theta),
-                "torch_dtype": "float32",
-                "transformers_version": "4.51.0",
-            }
-        )
+        config |= {"attention_bias": False} if config["model_type"] == "qwen3" else {}
+        config |= {"bos_token_id": 0, "max_window_layers": 2, "rope_scaling": None, "rope_theta": int(theta)}
+        config |= {"torch_dtype": "float32", "transformers_version": "4.51.0"}
 
     edit_config(folder, spell)
 
@@ -141,19 +124,11 @@ def with_model(settings: Settings, folder: Path) -> Settings:
     """The settings with a model folder that passes all checks: configuration, tokenizer, and weights that are zero."""
     shape = shape_of(settings)
     config = {
-        "model_type": shape.model_type,
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "intermediate_size": shape.ffn,
-        "vocab_size": shape.vocab,
-        "tie_word_embeddings": shape.tied,
-        "rope_theta": shape.rope_base,
-        "rms_norm_eps": shape.norm_eps,
-        "max_position_embeddings": shape.max_positions,
-    }
+        "model_type": shape.model_type, "num_hidden_layers": shape.layers, "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
+        "intermediate_size": shape.ffn, "vocab_size": shape.vocab, "tie_word_embeddings": shape.tied,
+        "rope_theta": shape.rope_base, "rms_norm_eps": shape.norm_eps, "max_position_embeddings": shape.max_positions,
+    }  # fmt: skip
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")

@@ -29,14 +29,10 @@ def build(template: str) -> PreTrainedTokenizerFast:
     core = Tokenizer.from_str(_bpe())
     core.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in CONTROL])
     core.add_tokens([AddedToken(text, normalized=False, special=False) for text in TEXT_OF[template]])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=_file("trl", f"trl/chat_templates/{template}.jinja").read_text(encoding="utf-8"),
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}
+    text = _file("trl", f"trl/chat_templates/{template}.jinja").read_text(encoding="utf-8")
+    plain = {"chat_template": text, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special, **plain)
 
 
 @functools.cache

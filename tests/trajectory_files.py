@@ -10,16 +10,8 @@ from typing import Any
 from icrl_megatron.distill import readers
 from icrl_megatron.distill.trajectory import Trajectory
 
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "search",
-            "description": "Searches.",
-            "parameters": {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]},
-        },
-    }
-]
+QUERY = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
+TOOLS = [{"type": "function", "function": {"name": "search", "description": "Searches.", "parameters": QUERY}}]
 
 
 def openai(n: int) -> dict[str, Any]:
@@ -64,23 +56,19 @@ def afm(n: int) -> dict[str, Any]:
 
 
 def oagents(n: int) -> list[dict[str, Any]]:
+    call = {"id": "c", "type": "function", "function": {"name": "search", "arguments": {"query": f"p{n}"}}}
+    answer = {"name": "final_answer", "arguments": {"answer": f"t{n}"}}
     return [
         {"task": f"where is p{n}?"},
         {"plan": "search, then answer"},
         {
             "step_number": 1,
             "model_output": f"Thought: I look.\nCode:\n```py\nsearch('p{n}')\n```",
-            "tool_calls": [
-                {"id": "c", "type": "function", "function": {"name": "search", "arguments": {"query": f"p{n}"}}}
-            ],
+            "tool_calls": [call],
             "observations": f"in t{n}",
             "token_usage": {"input_tokens": 100, "output_tokens": 7},
         },
-        {
-            "step_number": 2,
-            "model_output": "",
-            "tool_calls": [{"name": "final_answer", "arguments": {"answer": f"t{n}"}}],
-        },
+        {"step_number": 2, "model_output": "", "tool_calls": [answer]},
     ]
 
 
@@ -104,11 +92,8 @@ def smolagents(n: int) -> list[dict[str, Any]]:
 
     def program(number: int, thought: str, code: str) -> dict[str, Any]:
         said = f"Thought: {thought}\n<code>\n{code}\n</code>"
-        return {
-            "model_output": said,
-            "code_action": code,
-            "tool_calls": [call("python_interpreter", code, f"c{number}")],
-        }
+        calls = [call("python_interpreter", code, f"c{number}")]
+        return {"model_output": said, "code_action": code, "tool_calls": calls}
 
     head = [{"task": f"where is p{n}?", "task_images": None}]
     message = {"role": "assistant", "content": "look"}

@@ -50,6 +50,21 @@ def grid() -> Iterator[Grid]:
 
 
 @pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run folders are relative paths; without WORLD_SIZE the test process is not a rank."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests to environment servers are tried again almost at once."""
+    from icrl_megatron.tasks import servers
+
+    monkeypatch.setattr(servers, "BACKOFF_S", 0.001)
+
+
+@pytest.fixture
 def make(folder: Path, grid: Grid) -> Callable[..., Actor]:
     """make(precision, **algo): a new actor with the weights of `folder`."""
     from actors import make_actor

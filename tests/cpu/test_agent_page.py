@@ -72,9 +72,7 @@ def test_a_folder_of_pages(tmp_path: Path, extracts: None) -> None:
             asyncio.run(tool.call({"page": outside}))
 
 
-def test_bad_stored_pages_are_refused_and_lost_ones_are_no_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_stored_pages_are_refused_lost_ones_not_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "MOST_LINE_BYTES", 1 << 20)
     good = {"id": "a", "text": "A"}
     for rows, words in (

@@ -13,15 +13,12 @@ from icrl_megatron.run import checks, heldout
 from icrl_megatron.settings.loading import load
 from icrl_megatron.settings.task_options import ALFWorldSource, ServedSource
 from icrl_megatron.settings.task_sections import GameData, ServerData
-from icrl_megatron.tasks import registry, servers
+from icrl_megatron.tasks import registry
 from icrl_megatron.tasks.agentgym import AgentGym
 from icrl_megatron.tasks.env_check import check
 from icrl_megatron.utils.errors import ConfigError
 
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "BACKOFF_S", 0.001)
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 def gym(name: str, *urls: str) -> AgentGym:
@@ -51,18 +48,14 @@ def test_ids_are_read_from_a_file_in_the_format_of_the_reference(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("train", "message"),
-    [(["5:5"], "empty range"), (["nowhere.jsonl"], "neither a range"), ([], "has no train ids")],
+    ("train", "message"), [(["5:5"], "empty range"), (["nowhere.jsonl"], "neither a range"), ([], "has no train ids")]
 )
-def test_invalid_ids_are_refused(train: list[str], message: str) -> None:
+def test_invalid_ids_and_addresses_are_refused(train: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AgentGym(ServedSource("babyai", data=ServerData(train=train))).problems("train")
-
-
-@pytest.mark.parametrize(("urls", "message"), [([], "no servers"), (["host:1"], "is not an address")])
-def test_invalid_addresses_are_refused(urls: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        gym("babyai", *urls).pool()
+    for urls, said in (([], "no servers"), (["host:1"], "is not an address")):
+        with pytest.raises(ConfigError, match=said):
+            gym("babyai", *urls).pool()
 
 
 def test_a_server_of_another_environment_is_refused_before_the_run() -> None:
@@ -96,7 +89,7 @@ def test_env_check_recognizes_every_environment(name: str) -> None:
     assert f"is a server of {name}, dialect A" in console.export_text()
 
 
-def test_searchqa_takes_a_file_of_ids_beside_a_range(
+def test_searchqa_takes_files_and_ranges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As its recipes: the rows of the file have no prompt, whose column would be looked for."""

@@ -110,18 +110,15 @@ def test_failed_infrastructure_is_tried_again_and_never_observed() -> None:
     assert time.monotonic() - began < 5
 
 
-def test_an_attempt_has_so_many_calls() -> None:
+async def test_an_attempt_has_so_many_calls() -> None:
     """Calls at the same time count too, and so do mistakes."""
     tool = Doubler(seconds=0.01)
     opened = Toolbox([tool], limits()).session(most_calls=3)
-
-    async def run() -> list[str]:
-        first = await asyncio.gather(opened.call(double(1)), opened.call(double("four")))
-        rest = await asyncio.gather(*(opened.call(double(n)) for n in (2, 3)))
-        return [result.outcome for result in (*first, *rest)]
-
-    assert asyncio.run(run()) == ["answer", "invalid", "answer", "refused"] and tool.calls == 2
-    assert opened.counts.total() == 4 and ask(Toolbox([tool], limits()).session(0), double(1))[0][1] == "refused"
+    first = await asyncio.gather(opened.call(double(1)), opened.call(double("four")))
+    rest = await asyncio.gather(*(opened.call(double(n)) for n in (2, 3)))
+    assert [result.outcome for result in (*first, *rest)] == ["answer", "invalid", "answer", "refused"]
+    assert tool.calls == 2 and opened.counts.total() == 4
+    assert (await Toolbox([tool], limits()).session(0).call(double(1))).outcome == "refused"
 
 
 def test_calls_of_a_tool_are_bounded_over_all_episodes() -> None:
@@ -136,26 +133,23 @@ def test_calls_of_a_tool_are_bounded_over_all_episodes() -> None:
     assert tool.most == 3 and tool.calls == 24
 
 
-def test_calls_of_one_reply_end_together() -> None:
+async def test_calls_of_one_reply_end_together() -> None:
     """After a failure no other call is left running, and the same holds if the episode is cancelled."""
     tool = Doubler(seconds=30)
 
     class Broken(Doubler):
         spec = ToolSpec("broken", "Fails at once.", NUMBER)
 
-    async def run() -> list[int]:
-        opened = Toolbox([tool, Broken(broken=9)], limits(call_s=60.0, tries=1)).session()
-        with pytest.raises(ToolFailure, match="the line is down"):
-            await opened.call_all((double(1), ToolCall("broken", {"n": 1}), double(2)))
-        left = [tool.running]
-        waiting = asyncio.ensure_future(opened.call_all((double(3), double(4))))
-        await asyncio.sleep(0.01)
-        left.append(tool.running)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        return [*left, tool.running]
-
-    assert asyncio.run(run()) == [0, 2, 0] and tool.calls == 4
+    opened = Toolbox([tool, Broken(broken=9)], limits(call_s=60.0, tries=1)).session()
+    with pytest.raises(ToolFailure, match="the line is down"):
+        await opened.call_all((double(1), ToolCall("broken", {"n": 1}), double(2)))
+    assert tool.running == 0
+    waiting = asyncio.ensure_future(opened.call_all((double(3), double(4))))
+    await asyncio.sleep(0.01)
+    assert tool.running == 2
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert tool.running == 0 and tool.calls == 4
 
 
 def test_each_call_has_its_own_deadline() -> None:
@@ -204,6 +198,8 @@ def test_arguments_are_accepted_exactly_if_they_satisfy_the_schema(schema: Any, 
 def test_a_toolbox_that_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"\['double'\] are named twice"):
         Toolbox([Doubler(), Doubler()], limits())
+    with pytest.raises(ConfigError, match=r"'double' takes \['n'\], but a tag holds one text; set agent.format=qwen3"):
+        Tags([Doubler.spec])
 
 
 def doubler(schema: Any, by_server: bool = True) -> Tool:
@@ -328,8 +324,3 @@ def test_the_documented_format_works() -> None:
         assert form.parse("I think.\n" + form.render(action)) == action
     assert form.parse("hm") is None and form.parse("") is None and isinstance(form.parse("CALL "), Malformed)
     assert "reverse" in form.instructions()
-
-
-def test_a_tag_holds_one_text() -> None:
-    with pytest.raises(ConfigError, match=r"'double' takes \['n'\], but a tag holds one text; set agent.format=qwen3"):
-        Tags([Doubler.spec])

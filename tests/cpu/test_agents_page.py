@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from importlib.metadata import distribution
 from pathlib import Path
 
 import byte_model
 import pytest
-from aiohttp import web
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from local_servers import Handler, threaded
+from transformers import AutoModelForCausalLM
 from whole_runs import batch, rows
 
 pytest.importorskip("math_verify")
@@ -66,27 +63,19 @@ def reply_of(body: dict) -> str:
     return "<double_check>4, both were counted</double_check>"
 
 
-async def complete(request: web.Request) -> web.Response:
-    text = reply_of(await request.json())
-    usage = {"prompt_tokens": 7, "completion_tokens": 3}
-    return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
+class Model(Handler):
+    """An OpenAI-compatible endpoint."""
+
+    def do_POST(self) -> None:
+        text = reply_of(json.loads(self.body()))
+        usage = {"prompt_tokens": 7, "completion_tokens": 3}
+        self.send_json({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
 
 
 @pytest.fixture
 def endpoint() -> Iterator[str]:
-    """The address of an OpenAI-compatible endpoint, which a thread serves."""
-    loop, app = asyncio.new_event_loop(), web.Application()
-    app.router.add_post("/v1/chat/completions", complete)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    loop.run_until_complete(runner.setup())
-    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(timeout=10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(timeout=10)
-    loop.close()
+    with threaded(Model) as url:
+        yield f"{url}/v1"
 
 
 def commands_of_the_page(folder: Path) -> list[list[str]]:
@@ -103,16 +92,11 @@ def commands_of_the_page(folder: Path) -> list[list[str]]:
     return [json.loads(line) for line in calls.read_text().splitlines()]
 
 
-def test_the_page_leads_from_a_bare_model_to_a_trained_agent(
-    tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_leads_from_model_to_agent(tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = commands_of_the_page(tmp_path)
     assert [command[0] for command in commands] == ["distill", "sft", "train", "eval"]
     model = byte_model.build(tmp_path / "models/Qwen3-4B", positions=16384)
-    template = distribution("trl").locate_file("trl/chat_templates/qwen3.jinja")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = Path(str(template)).read_text(encoding="utf-8")
-    tokenizer.save_pretrained(model)
+    byte_model.use_template(model, "qwen3")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     TINY["distill"] += (f"distill.endpoint.url={endpoint}",)

@@ -40,9 +40,7 @@ KIND = NotPausable()
         (["engine.keep_cache=true"], "engine.keep_cache"),
     ],
 )
-def test_wrong_combinations_name_the_setting_and_a_remedy(
-    overrides: list[str], said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_combinations_have_a_remedy(overrides: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     with pytest.raises(ConfigError, match=said):
         validate_settings(load("rulebook_easy", overrides))
@@ -84,9 +82,7 @@ def test_every_group_has_one_rank(numbers: list[int], count: int) -> None:
 
 
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 5), st.data())
-def test_no_more_is_begun_than_can_be_trained_on(
-    steps: int, per_step: int, staleness: int, data: st.DataObject
-) -> None:
+def test_no_more_begins_than_can_be_trained_on(steps: int, per_step: int, staleness: int, data: st.DataObject) -> None:
     order = Order(lambda n: group(n).task, per_step, steps, staleness, lambda step: 1)
     begun = gone = 0
     for step in range(steps):

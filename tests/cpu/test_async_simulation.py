@@ -51,9 +51,8 @@ def long_tailed(seed: int = 0) -> Callable[[int], Group]:
 
 
 def tailed(staleness: float, engines: int = 3, steps: int = 20, seed: int = 0) -> SimulatedOutcome:
-    setup = EnginePool(
-        engines, DecodeSpeed(0.002, 1e-6, 1e-4, 0.005), 1e-4, most_running=8, most_episodes=12, cache_tokens=500
-    )
+    decode = DecodeSpeed(0.002, 1e-6, 1e-4, 0.005)
+    setup = EnginePool(engines, decode, 1e-4, most_running=8, most_episodes=12, cache_tokens=500)
     return simulate(setup, Trainer(6, 1.0, 1e-4, 0.2), LeadRule(steps, staleness), long_tailed(seed))
 
 
@@ -81,11 +80,8 @@ def test_synchronous_step_waits_for_the_longest_episode() -> None:
     out = simulate(EnginePool(2, DecodeSpeed(fixed_s=0.01)), Trainer(5, fixed_s=1.0), LeadRule(3), group)
     for step, end in enumerate(out.steps):
         begun = out.steps[step - 1].end_s if step else 0.0
-        longest = max(
-            sum(turn.tokens * 0.01 + turn.wait_s for turn in episode)
-            for n in range(5 * step, 5 * step + 5)
-            for episode in group(n)
-        )
+        episodes = [episode for n in range(5 * step, 5 * step + 5) for episode in group(n)]
+        longest = max(sum(turn.tokens * 0.01 + turn.wait_s for turn in episode) for episode in episodes)
         assert end.end_s - begun == pytest.approx(longest + 1.0)
 
 
@@ -96,9 +92,8 @@ def test_requests_share_an_engine_and_wait_for_a_place() -> None:
         out = simulate(setup, Trainer(1, fixed_s=1.0), LeadRule(3), constant(100))
         assert out.waited_s(1) == pytest.approx(0.4)
     small_cache = EnginePool(1, DecodeSpeed(fixed_s=0.01), cache_tokens=25.0)
-    out = simulate(
-        small_cache, Trainer(1, fixed_s=1.0), LeadRule(3), lambda n: ((SimulatedTurn(100, context=10.0),),) * 4
-    )
+    group = ((SimulatedTurn(100, context=10.0),),) * 4
+    out = simulate(small_cache, Trainer(1, fixed_s=1.0), LeadRule(3), lambda n: group)
     assert out.waited_s(1) == pytest.approx(2.0)  # two at a time
 
 
@@ -166,9 +161,8 @@ def test_a_shared_queue_keeps_engines_equally_full() -> None:
     group: Callable[[int], Group] = lambda n: ((SimulatedTurn(100 + 300 * (n % 2)),),) * 4  # noqa: E731
     decode = DecodeSpeed(running_s=1e-3)
     dealt = simulate(EnginePool(2, decode), Trainer(8, fixed_s=1.0), LeadRule(3), group)
-    shared = simulate(
-        EnginePool(2, decode, most_episodes=4, shared_queue=True), Trainer(8, fixed_s=1.0), LeadRule(3), group
-    )
+    queue = EnginePool(2, decode, most_episodes=4, shared_queue=True)
+    shared = simulate(queue, Trainer(8, fixed_s=1.0), LeadRule(3), group)
     assert dealt.waited_s(1) == pytest.approx(16 * 0.4)
     assert shared.waited_s(1) < 0.8 * dealt.waited_s(1)
 

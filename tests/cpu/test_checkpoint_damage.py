@@ -78,9 +78,7 @@ def test_a_checkpoint_lists_every_file_with_its_checksum(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["first", "middle", "last", "cut", "longer", "empty", "gone"])
-def test_if_any_file_is_damaged_the_checkpoint_before_is_used(
-    saved: Path, grid: grids.Grid, tmp_path: Path, how: str
-) -> None:
+def test_after_damage_the_checkpoint_before_is_used(saved: Path, grid: grids.Grid, tmp_path: Path, how: str) -> None:
     """There is one message, and the damaged folder is kept unchanged under another name."""
     for number, name in enumerate(files(saved)):
         root = shutil.copytree(saved, tmp_path / str(number))

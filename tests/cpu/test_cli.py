@@ -76,9 +76,7 @@ def test_usage_errors_are_code_2(arguments: list[str], tmp_path: Path) -> None:
         (["train", "quickstart", "--dry-run"], ("optim:",)),
     ],
 )
-def test_commands_without_a_model_import_no_heavy_package(
-    arguments: list[str], shown: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_commands_without_a_model_import_little(arguments: list[str], shown: tuple[str, ...], tmp_path: Path) -> None:
     code = (
         "import sys\nfrom icrl_megatron.cli import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"

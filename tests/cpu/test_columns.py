@@ -82,9 +82,8 @@ def test_columns_are_dotted_paths_and_may_differ_in_heldout_rows(tmp_path: Path)
     heldout = jsonl(tmp_path / "held.jsonl", {"q": "y?", "meta": {"gold": 3}})
     data = ToolData([train], [heldout], prompt_column="a.b.c", label_column="d.e")
     assert read(data) == [("x?", "1")]  # a column's own name comes before a path
-    with pytest.raises(
-        ConfigError, match=r"no column 'a\.b\.c', there are q, meta, meta\.gold.*heldout_prompt_column=COLUMN"
-    ):
+    there = r"no column 'a\.b\.c', there are q, meta, meta\.gold.*heldout_prompt_column=COLUMN"
+    with pytest.raises(ConfigError, match=there):
         list(read_rows(heldout, data, "heldout"))
     data.heldout_prompt_column, data.heldout_label_column = "q", "meta.gold"
     assert [(row.prompt, row.label) for row in read_rows(heldout, data, "heldout")] == [("y?", "3")]
@@ -238,9 +237,7 @@ ROW = {"prompt": "q?", "label": "1"}
         (["main/train-0.parquet", "socratic/train-0.parquet"], "train", "several folders; name one of .*main, "),
     ],
 )  # fmt: skip
-def test_folders_of_published_datasets_keep_their_splits(
-    files: list[str], split: Any, expected: int | str, tmp_path: Path
-) -> None:
+def test_published_folders_keep_their_splits(files: list[str], split: Any, expected: int | str, tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -271,16 +268,13 @@ def problem(row: DataRow) -> str:
 
 
 def test_subsets_within_a_file(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": f"{i}?", "label": i, "meta": {"set": name}} for i, name in enumerate(["AIME 24", "MATH", "AIME 24"])
-    ]
+    sets = ("AIME 24", "MATH", "AIME 24")
+    rows = [{"prompt": f"{i}?", "label": i, "meta": {"set": name}} for i, name in enumerate(sets)]
     data = ToolData(heldout=[jsonl(tmp_path / "test.jsonl", *rows)], subset_column="meta.set")
-    found = [task.task_id for task in read_tasks("math", "heldout", data, problem)]
+    tasks = read_tasks("math", "heldout", data, problem)
+    found = [task.task_id for task in tasks]
     assert found == ["math/heldout/test_AIME_24/0", "math/heldout/test_MATH/0", "math/heldout/test_AIME_24/1"]
-    assert {subset_of(task) for task in read_tasks("math", "heldout", data, problem)} == {
-        "math/test_AIME_24",
-        "math/test_MATH",
-    }
+    assert {subset_of(task) for task in tasks} == {"math/test_AIME_24", "math/test_MATH"}
     data.subset_column = "set"
     with pytest.raises(ConfigError, match=r"test\.jsonl, line 1: no text in column 'set'.*meta\.set"):
         read_tasks("math", "heldout", data, problem)

@@ -67,25 +67,21 @@ def test_every_token_has_the_log_prob_of_the_weights_whose_version_it_carries(fo
     assert versions_seen == ({2} if passes == 0 else {0, 1, 2})
 
 
-def test_a_request_waits_until_the_engine_has_weights(folders: list[Path]) -> None:
+async def test_a_request_waits_until_the_engine_has_weights(folders: list[Path]) -> None:
     engine = make_engine(folders[0])
-
-    async def run() -> Completion:
-        continuing = ContinuingEngine(engine, everything)
-        continuing.hold()
-        asked = asyncio.ensure_future(continuing.generate([7, 8], sampling(0)))
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert not asked.done()
-        await continuing.pause()
-        engine.update_weights(load_file(folders[1] / "model.safetensors").items(), 5)
-        continuing.resume()
-        return await asked
-
-    assert asyncio.run(run()).weight_version == 5
+    continuing = ContinuingEngine(engine, everything)
+    continuing.hold()
+    asked = asyncio.ensure_future(continuing.generate([7, 8], sampling(0)))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not asked.done()
+    await continuing.pause()
+    engine.update_weights(load_file(folders[1] / "model.safetensors").items(), 5)
+    continuing.resume()
+    assert (await asked).weight_version == 5
 
 
-def test_the_rest_of_a_reply_draws_other_random_numbers(folders: list[Path]) -> None:
+async def test_the_rest_of_a_reply_draws_other_random_numbers(folders: list[Path]) -> None:
     """With the same ones, a policy that does not depend on the context would repeat the beginning."""
     seeds = {rest_seed(seed, tokens) for seed in range(20) for tokens in range(1, 20)}
     assert len(seeds) == 380 and max(seeds) < 2**63 and rest_seed(3, 4) == rest_seed(3, 4)
@@ -94,18 +90,14 @@ def test_the_rest_of_a_reply_draws_other_random_numbers(folders: list[Path]) -> 
         for parameter in engine._model.parameters():
             parameter.zero_()
     state = {name: torch.zeros_like(p) for name, p in engine._model.named_parameters()}
-
-    async def run() -> Completion:
-        continuing = ContinuingEngine(engine, everything)
-        asked = asyncio.ensure_future(continuing.generate([7], sampling(1, new=20, stop=())))
-        for _ in range(9):
-            await asyncio.sleep(0)
-        await continuing.pause()
-        engine.update_weights(state.items(), 1)
-        continuing.resume()
-        return await asked
-
-    found = asyncio.run(run())
+    continuing = ContinuingEngine(engine, everything)
+    asked = asyncio.ensure_future(continuing.generate([7], sampling(1, new=20, stop=())))
+    for _ in range(9):
+        await asyncio.sleep(0)
+    await continuing.pause()
+    engine.update_weights(state.items(), 1)
+    continuing.resume()
+    found = await asked
     ((_, begun),) = found.older
     length = min(begun, 20 - begun)
     assert length > 2 and found.ids[:length].tolist() != found.ids[begun : begun + length].tolist()

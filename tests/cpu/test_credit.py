@@ -114,9 +114,8 @@ def test_samples_are_grouped_by_the_setting() -> None:
 def test_advantages_are_those_of_equation_5() -> None:
     # Solver group of the task: 0, 1 (revision), 0, 0.5 (revision), 1. Mean 0.5, squares 0.25 * 4 = 1, std sqrt(1 / 4).
     # Critic group: 1, 0.5. Mean 0.75, squares 2 * 0.0625 = 0.125, std sqrt(0.125).
-    report = credit(
-        headers_of([episode(0, [0.0, 1.0]), episode(1, [0.0, 0.5]), episode(2, [1.0])]), AlgoSettings(), True
-    )
+    played = [episode(0, [0.0, 1.0]), episode(1, [0.0, 0.5]), episode(2, [1.0])]
+    report = credit(headers_of(played), AlgoSettings(), True)
     got = {k: s.advantage for k, s in by_id(report.samples).items()}
     solver, critic = 0.5 / (0.5 + 1e-6), 0.25 / (math.sqrt(0.125) + 1e-6)
     expected = {"0/0/attempt": -solver, "0/0/critique": critic, "0/1/revision": solver, "2/0/attempt": solver}
@@ -171,17 +170,15 @@ def test_first_with_signal_returns_the_first_tasks_that_have_one() -> None:
 def test_counted_samples_are_those_of_the_chosen_tasks_with_generated_tokens() -> None:
     settings = apply_preset(Settings(), "reference").algo
     episodes = [episode(i, [0.0, 0.0], task) for task in "ab" for i in range(2)]
-    silent = replace(episodes[0].attempts[1], turns=())
-    report = credit(
-        headers_of([replace(episodes[0], attempts=(episodes[0].attempts[0], silent)), *episodes[1:]]), settings, True
-    )
+    first, second = episodes[0].attempts
+    silent = replace(episodes[0], attempts=(first, replace(second, turns=())))
+    report = credit(headers_of([silent, *episodes[1:]]), settings, True)
     assert report.dropped_samples == 8 and len(report.counted) == 7
     first = report.first_with_signal(1, [episodes[2].task])
     assert {s.task_id() for s in (*first.samples, *first.counted)} == {"b"} and len(first.counted) == 4
     removed = replace(settings, group_filter=replace(settings.group_filter, counted=False))
-    assert credit(headers_of(episodes), removed, True) == replace(
-        credit(headers_of(episodes), settings, True), counted=()
-    )
+    whole = credit(headers_of(episodes), settings, True)
+    assert credit(headers_of(episodes), removed, True) == replace(whole, counted=())
 
 
 def test_a_sample_without_loss_tokens_counts_in_its_group_but_gives_no_signal() -> None:
@@ -223,15 +220,13 @@ def test_the_overlong_penalty_is_subtracted_before_the_baseline() -> None:
     assert [s.advantage for s in report.samples] == pytest.approx([mean, mean - 0.2, mean - 0.8])
     assert rollout_metrics(headers_of(episodes), (), report)["reward/overlong_penalty"] == pytest.approx(mean)
     without = credit(headers_of(episodes), AlgoSettings(), True)
-    assert without.flat_groups == 1 and "reward/overlong_penalty" not in rollout_metrics(
-        headers_of(episodes), (), without
-    )
+    assert without.flat_groups == 1
+    assert "reward/overlong_penalty" not in rollout_metrics(headers_of(episodes), (), without)
 
 
 def test_a_preset_changes_only_the_settings_that_it_names() -> None:
-    start = Settings(
-        algo=AlgoSettings(clip_high=0.3, group_filter=GroupFilter(enabled=True)), rollout=RolloutSettings(max_turns=7)
-    )
+    algo = AlgoSettings(clip_high=0.3, group_filter=GroupFilter(enabled=True))
+    start = Settings(algo=algo, rollout=RolloutSettings(max_turns=7))
     paper, reference = apply_preset(start, "paper"), apply_preset(start, "reference")
     assert paper == replace(start, algo=AlgoSettings(clip_high=0.3))
     assert reference.algo.group_by == "task_round_role" and reference.algo.pseudo_positive
@@ -282,11 +277,8 @@ variants = st.fixed_dictionaries(
 @given(groups=st.lists(st.lists(rewards, min_size=1, max_size=20), min_size=1, max_size=8), variant=variants)
 def test_advantages_are_those_of_each_group_alone_to_the_last_bit(groups, variant) -> None:
     """Groups of one size are computed together; the result may not depend on the other groups of the step."""
-    episodes = [
-        episode(100 + i, [reward], f"maze/train/{100 + g}")
-        for g, of in enumerate(groups)
-        for i, reward in enumerate(of)
-    ]
+    numbered = ((g, i, reward) for g, of in enumerate(groups) for i, reward in enumerate(of))
+    episodes = [episode(100 + i, [reward], f"maze/train/{100 + g}") for g, i, reward in numbered]
     found = credit(headers_of(episodes), AlgoSettings(**variant), True)
     by_hand: list[float] = []
     for group in groups:

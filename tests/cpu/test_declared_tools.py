@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import byte_model
 import pytest
 import qwen_tokenizers
-from whole_runs import batch, train
+from whole_runs import Batch, batch, train
 
 from icrl_megatron.agents.tools import ToolCall, ToolSpec
 from icrl_megatron.rollout.episode import EpisodeSetup, play_episode
@@ -160,9 +159,8 @@ def test_an_episode_is_the_published_templates_rendering(template: str, shop: Pa
     theirs, ours = vocabulary(text, add_special_tokens=False).input_ids, list(prompts[-1])
     # The customer's <|im_end|> is text; the template's rendering of it would end the turn.
     assert vocabulary.decode(ours).replace("<|im_end|></tool_call>", "</tool_call>") == vocabulary.decode(theirs)
-    assert ours.count(vocabulary.convert_tokens_to_ids("<|im_end|>")) == theirs.count(
-        vocabulary.convert_tokens_to_ids("<|im_end|>")
-    )
+    end = vocabulary.convert_tokens_to_ids("<|im_end|>")
+    assert ours.count(end) == theirs.count(end)
 
 
 def test_the_environment_gets_calls_as_objects_and_only_good_ones(shop: Path) -> None:
@@ -182,9 +180,8 @@ def test_the_environment_gets_calls_as_objects_and_only_good_ones(shop: Path) ->
 
 def test_each_episode_declares_its_own_tools(shop: Path) -> None:
     made = catalogue(shop)
-    found = {
-        one.task.problem: one.dialogue.tools for one in statements(made.get("shop").problems("train"), Settings(), made)
-    }
+    stated = statements(made.get("shop").problems("train"), Settings(), made)
+    found = {one.task.problem: one.dialogue.tools for one in stated}
     assert "order" in found["saws"] and "order" not in found["nails"]
     prompter = Prompter(qwen_tokenizers.build("qwen3"), RolloutSettings())
     episode, prompts = play(made, prompter, (called("order", item="nails", count=3), *["No."] * 5), "nails")
@@ -207,10 +204,8 @@ def test_inline_formats_describe_the_tools_in_the_prompt(shop: Path) -> None:
     episode, prompts = play(made, prompter, replies, "nails")
     assert isinstance(episode, Episode)
     assert "I need 3 nails.\n\nWrite <look>item</look> to use a tool" in prompter.decode(prompts[0])
-    assert [turn.observation for turn in episode.attempts[0].turns[:2]] == [
-        "look: ok</tool_response>",
-        "And? <|im_end|></tool_call>",
-    ]
+    seen = [turn.observation for turn in episode.attempts[0].turns[:2]]
+    assert seen == ["look: ok</tool_response>", "And? <|im_end|></tool_call>"]
     with pytest.raises(ConfigError, match=r"tool 'order' takes \['item', 'count'\], but a tag holds one text"):
         play(made, prompter, replies, "saws")
 
@@ -258,20 +253,17 @@ def test_wrong_answers_cost_the_episode(result: Any, message: str, shop: Path) -
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("tools", "message"),
     [
-        (
-            lambda one: setattr(one, "tools", [{"name": "look"}]),
-            "declare a list of icrl_megatron.agents.tools.ToolSpec",
-        ),
-        (lambda one: setattr(one, "tools", [*Fails.tools] * 2), r"\['look'\] are named twice"),
-        (lambda one: setattr(one, "tools", [ToolSpec("a", "", {"type": "x"})]), "is not a JSON schema"),
-        (lambda one: setattr(one, "tools", [ToolSpec("a", "", {"x": {1}})]), "cannot be written as JSON"),
+        ([{"name": "look"}], "declare a list of icrl_megatron.agents.tools.ToolSpec"),
+        ([*Fails.tools] * 2, r"\['look'\] are named twice"),
+        ([ToolSpec("a", "", {"type": "x"})], "is not a JSON schema"),
+        ([ToolSpec("a", "", {"x": {1}})], "cannot be written as JSON"),
     ],
 )
-def test_tools_that_cannot_be_declared_end_the_run(change: Callable[[Any], None], message: str) -> None:
+def test_tools_that_cannot_be_declared_end_the_run(tools: list[Any], message: str) -> None:
     environment = Fails(None)
-    change(environment)
+    environment.tools = tools
     with pytest.raises(ConfigError, match=message):
         DeclaredTools(environment, "qwen3")
 
@@ -280,22 +272,16 @@ def test_runs_with_and_without_tools_in_the_template(shop: Path, tmp_path: Path)
     """A template without tools is refused before the model is loaded, and the format in its message works."""
     model = byte_model.build(tmp_path / "model")
     small = [f"model.path={model}", "steps=1", "warm_start.steps=0", "eval.interval=0", "rollout.max_turn_tokens=8"]
-    small += [
-        "rollout.max_critique_tokens=8",
-        "rollout.context_tokens=1000",
-        "rollout.tasks_per_step=2",
-        "eval.problems=2",
-    ]
-    small += ["rollout.episodes_per_task=2"]
+    small += ["rollout.max_critique_tokens=8", "rollout.context_tokens=1000", "rollout.tasks_per_step=2"]
+    small += ["eval.problems=2", "rollout.episodes_per_task=2"]
     plain = shop.with_name("plain.py")
     plain.write_text(SHOP.replace("[LOOK, ORDER]", "[LOOK]"))
     commands = {
         name: train(tmp_path / name, *small, f"tasks.sources=[{{name: '{file}:Shop'{more}}}]")
         for name, file, more in (("refused", shop, ""), ("tags", plain, ", agent: {format: tags}"))
     }
-    ended = batch(tmp_path, commands)
-    assert ended["refused"].code == 2 and "agent.format=tags" in ended["refused"].said
-    assert ended["tags"].code == 0, ended["tags"].error
-    rows = [json.loads(line) for line in (tmp_path / "tags" / "metrics.jsonl").read_text().splitlines()]
-    (step,) = [row for row in rows if "tokens/generated" in row]
+    ran = Batch(tmp_path, batch(tmp_path, commands))
+    assert ran.ended["refused"].code == 2 and "agent.format=tags" in ran.ended["refused"].said
+    ran.succeeded("tags")
+    (step,) = ran.trained("tags")
     assert step["task/calls"] >= 0 and step["task/ordered"] == 0

@@ -140,9 +140,7 @@ def test_another_version_is_sent_all_weights_over_a_new_group(engine: DeltaEngin
     assert engine.take_stats().full_pushes == 2
 
 
-def test_other_checksums_are_followed_by_all_weights(
-    engine: DeltaEngine, held: Held, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_checksums_need_all_weights(engine: DeltaEngine, held: Held, caplog: pytest.LogCaptureFixture) -> None:
     engine.update_weights(drawn(0).items(), 1)
     held.tensors = drawn(1)
     engine.update_weights(near(drawn(0)).items(), 2)

@@ -190,11 +190,8 @@ def test_parameters_of_another_dtype_are_not_touched() -> None:
 
 def test_a_message_that_cannot_be_used_ends_no_server(caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker(0, torch.bfloat16)
-    for text in (
-        "not JSON",
-        "{}",
-        icrl_deltas.message("no_such_group", [DeltaPiece("q", (8, 6), "bfloat16", (2, 2, 0))]),
-    ):
+    unknown = icrl_deltas.message("no_such_group", [DeltaPiece("q", (8, 6), "bfloat16", (2, 2, 0))])
+    for text in ("not JSON", "{}", unknown):
         icrl_deltas.load_1(worker, [(text, torch.empty(0))])
     assert len(caplog.records) == 3
     assert "the trainer will send all weights" in caplog.text
@@ -202,10 +199,8 @@ def test_a_message_that_cannot_be_used_ends_no_server(caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize(("limit", "expected"), [(10, ["ab", "c", "de"]), (99, ["abcde"])])
 def test_requests_hold_up_to_the_limit_or_one_piece(limit: int, expected: list[str]) -> None:
-    each = [
-        (DeltaPiece(name, (1,), "bfloat16", (size,)), bytes(size))
-        for name, size in zip("abcde", (0, 4, 30, 3, 7), strict=True)
-    ]
+    sizes = zip("abcde", (0, 4, 30, 3, 7), strict=True)
+    each = [(DeltaPiece(name, (1,), "bfloat16", (size,)), bytes(size)) for name, size in sizes]
     found = list(requests(each, limit))
     assert ["".join(p.name for p in load.pieces) for load, _ in found] == expected
     assert [last for _, last in found] == [False] * (len(found) - 1) + [True]

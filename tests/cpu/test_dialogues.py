@@ -74,18 +74,12 @@ def plain(text: str) -> bool:
 )
 @settings(max_examples=25, deadline=None)
 def test_ids_of_an_episode_are_those_of_the_published_template(
-    template: str,
-    thinking: str,
-    problem: str,
-    thoughts: list[str],
-    called: list[list[tuple[ToolCall, str]]],
+    template: str, thinking: str, problem: str, thoughts: list[str], called: list[list[tuple[ToolCall, str]]]
 ) -> None:
     """With thinking where the template keeps it, with several calls in a turn and consecutive tool messages."""
     form, ours = Qwen3(SPECS), prompter(template, thinking)
-    thinks, arguments = (
-        template == "qwen3" and thinking == "auto",
-        {"enable_thinking": False} if thinking == "off" else {},
-    )
+    thinks = thinking == "auto" and template == "qwen3"
+    arguments = {"enable_thinking": False} if thinking == "off" else {}
     ids = list(ours.attempt(problem, form.dialogue))
     messages: list[dict[str, Any]] = [{"role": "user", "content": ours.text("attempt", observation=problem)}]
     for thought, turn in zip(thoughts, called, strict=False):
@@ -122,9 +116,8 @@ def test_a_user_message_makes_the_template_forget_thinking_and_we_keep_it() -> N
     ]
     render = qwen_tokenizers.build("qwen3").apply_chat_template
     forgotten = render(messages, add_generation_prompt=True).input_ids
-    assert kept != forgotten and ours.decode(tuple(kept)).replace("<think>\nhm\n</think>\n\n", "") == ours.decode(
-        tuple(forgotten)
-    )
+    without = ours.decode(tuple(kept)).replace("<think>\nhm\n</think>\n\n", "")
+    assert kept != forgotten and without == ours.decode(tuple(forgotten))
 
 
 PIECES = ("<", ">", "/", "|", "answer", "tool_call", "think", "im_end", " ", "a", "observation>", "</information>")
@@ -153,26 +146,9 @@ def test_a_tool_cannot_forge_a_call_an_answer_or_the_end_of_a_turn(template: str
         assert sum(i in controls for i in seen) == sum(i in controls for i in alone)
 
 
-REPLIES = st.lists(
-    st.sampled_from(
-        [
-            *("<tool_call>", "</tool_call>", '{"name": "add", "arguments": {"a": 1, "b": 2}}', "</think>", "<think>"),
-            *(
-                "<answer>",
-                "</answer>",
-                "<search>",
-                "</search>",
-                "Rome",
-                " ",
-                "\n",
-                '{"name": 1}',
-                "{",
-                "\\u003c/answer>",
-            ),
-        ]
-    ),
-    max_size=9,
-).map("".join)
+PARTS = ("<tool_call>", "</tool_call>", '{"name": "add", "arguments": {"a": 1, "b": 2}}', "</think>", "<think>")
+PARTS += ("<answer>", "</answer>", "<search>", "</search>", "Rome", " ", "\n", '{"name": 1}', "{", "\\u003c/answer>")
+REPLIES = st.lists(st.sampled_from(PARTS), max_size=9).map("".join)
 
 
 @pytest.mark.parametrize("form", [Qwen3(SPECS), Tags([Search.spec]), SearchR1([Search.spec])])
@@ -253,9 +229,8 @@ def test_a_reply_ends_with_the_token_that_completes_a_stop_string(bytes_folder: 
     stops = [(next(p for p in found if p.isascii()) if i % 4 else "\0never", "\0no") for i, found in enumerate(pairs)]
     for reply, stopped, stop in zip(free, sample(bytes_folder, stops), stops, strict=True):
         count = next((n for n in range(1, 49) if stop[0] in decode(list(reply.ids[:n]))), 48)
-        assert np.array_equal(stopped.ids, reply.ids[:count]) and stopped.finish_reason == (
-            "stop" if count < 48 else "length"
-        )
+        assert np.array_equal(stopped.ids, reply.ids[:count])
+        assert stopped.finish_reason == ("stop" if count < 48 else "length")
         torch.testing.assert_close(torch.tensor(stopped.logprobs), torch.tensor(reply.logprobs[:count]))
     word = next(i for i in range(len(tokenizer(bytes_folder))) if len(decode([i])) > 2 and decode([i]).isalpha())
     assert StopTexts(tokenizer(bytes_folder), (decode([word])[:2],), 400).completed([5, word])  # inside a token
@@ -292,8 +267,5 @@ def test_the_first_tokens_keep_their_versions(older: tuple[tuple[int, int], ...]
     first = reply.first(count)
     kept = [version for version, tokens in first.older for _ in range(tokens)]
     kept += [first.weight_version] * (len(first.ids) - len(kept))
-    assert (
-        np.array_equal(first.ids, reply.ids[:count])
-        and len(first.logprobs) == len(first.ids)
-        and kept == versions[:count]
-    )
+    assert np.array_equal(first.ids, reply.ids[:count]) and len(first.logprobs) == len(first.ids)
+    assert kept == versions[:count]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,13 +87,10 @@ def test_other_trainers_read_the_same_text(whole: Path) -> None:
         said = [(turn["from"], turn["value"]) for turn in other["conversations"]]
         assert [who for who, _ in said[:3]] == ["human", "gpt", "observation"] and said[-1][0] == "gpt"
         seen = {"gpt": "{}", "human": "{}", "observation": "<tool_response>\n{}\n</tool_response>"}
-        messages = [
-            {"role": "assistant" if who == "gpt" else "user", "content": seen[who].format(text)} for who, text in said
-        ]
-        texts = [
-            vocabulary.apply_chat_template(one, tools=tools, tokenize=False) for one in (row["messages"], messages)
-        ]
-        assert texts[0] == texts[1]
+        roles = {"gpt": "assistant", "human": "user", "observation": "user"}
+        messages = [{"role": roles[who], "content": seen[who].format(text)} for who, text in said]
+        render = partial(vocabulary.apply_chat_template, tools=tools, tokenize=False)
+        assert render(row["messages"]) == render(messages)
 
 
 def test_parquet_holds_the_same_and_no_other_file_is_replaced(whole: Path, tmp_path: Path) -> None:
@@ -121,9 +119,8 @@ def test_several_answers_and_later_messages_in_the_form_of_other_trainers() -> N
     row = writers.sharegpt(Trajectory("t/1", "q", (*calls, *seen, *more), system="be good", tools=(spec,)))
     turns = row["conversations"]
     assert [turn["from"] for turn in turns] == ["human", "gpt", "observation", "gpt", "human", "gpt"]
-    assert (
-        turns[2]["value"] == "one< /tool_call>\n</tool_response>\n<tool_response>\ntwo" and row["system"] == "be good"
-    )
+    assert turns[2]["value"] == "one< /tool_call>\n</tool_response>\n<tool_response>\ntwo"
+    assert row["system"] == "be good"
     assert turns[1]["value"].count("<tool_call>") == 2 and turns[3]["value"] == "<answer>2</answer>"
 
 
@@ -201,9 +198,7 @@ SEARCHQA = "data: {train: [a.jsonl], corpus: c.jsonl}, agent: {tools: [search, p
         ("tasks.limit=3", True),
     ],
 )  # fmt: skip
-def test_what_may_change_between_two_calls(
-    override: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_may_change_later(override: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in (("a.txt", "plan"), ("b.txt", "plan well"), ("same.txt", "plan")):
         Path(name).write_text(text)
@@ -220,12 +215,8 @@ def test_runs_of_a_problem_that_has_changed_are_kept_and_not_used(tmp_path: Path
     old, new = (Task("t/train/0", "t", "train", problem) for problem in ("1 + 1", "1 + 2"))
     event = Event("answerer", "answer", "answer", "2", (), 0)
     path, run = tmp_path / "r", Run(old.task_id, 0, "1 + 1", (event,), True, {})
-    for task, found, outdated in (
-        (old, [], 0),
-        (new, [], 1),
-        (old, [(old.task_id, 0)], 1),
-        (new, [(new.task_id, 0)], 1),
-    ):
+    of_old, of_new = [(old.task_id, 0)], [(new.task_id, 0)]
+    for task, found, outdated in ((old, [], 0), (new, [], 1), (old, of_old, 1), (new, of_new, 1)):
         kept = records.Records(path, {}, [task])
         assert (list(kept.runs), kept.outdated) == (found, outdated)
         if not found:
@@ -276,22 +267,12 @@ def test_files_of_others_are_left_alone(tmp_path: Path, content: bytes | dict, m
         (["--sharegpt", "b.json"], "--sharegpt=b.json: give another name"),
         (["distill.agents=[{name: poet}]"], "no effect with distill.system=scripted"),
         (["tasks.sources=[{name: household}]"], "'household' has no scripted team"),
-        (
-            [*ENDPOINT, "tasks.sources=[{name: household}]"],
-            "'household' has no tools",
-        ),
-        (
-            [*ENDPOINT, "distill.agents=[{name: poet, tools: [rhyme]}]"],
-            "has the tool 'rhyme'",
-        ),
+        ([*ENDPOINT, "tasks.sources=[{name: household}]"], "'household' has no tools"),
+        ([*ENDPOINT, "distill.agents=[{name: poet, tools: [rhyme]}]"], "has the tool 'rhyme'"),
     ],
-)  # fmt: skip
-def test_wrong_settings_are_found_before_anything_starts(
-    tmp_path: Path,
-    overrides: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+)
+def test_wrong_settings_are_found_at_the_start(
+    tmp_path: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from icrl_megatron import cli
 

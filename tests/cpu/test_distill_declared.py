@@ -239,12 +239,8 @@ def test_from_your_own_environment_to_a_trained_model(shop: Path, tmp_path: Path
     with threaded(Model) as url:
         endpoint = ("distill.system=endpoint", f"distill.endpoint={{url: '{url}/v1', model: m}}", KEEP_ALL)
         words = ("any_text", "--out", str(out), source, agents, *endpoint)
-        small = (
-            "warm_start.steps=2",
-            "warm_start.epochs=null",
-            "warm_start.episodes_per_step=2",
-            "actor.precision=fp32",
-        )
+        steps = ("warm_start.steps=2", "warm_start.epochs=null", "warm_start.episodes_per_step=2")
+        small = (*steps, "actor.precision=fp32")
         lengths = ("rollout.context_tokens=2048", "rollout.max_turn_tokens=100", "rollout.max_critique_tokens=100")
         sft = ("sft", str(out), f"model.path={model}", f"run_dir={tmp_path / 'run'}", *small)
         ended = batch(

@@ -124,7 +124,6 @@ def test_an_endpoint_that_refuses_or_answers_other_json_ends_the_command_at_once
         endpoint = ("distill.system=endpoint", f"distill.endpoint={{url: '{url}/v1', model: m}}")
         arguments = ["distill", "archive", "--out", str(tmp_path / "a.jsonl"), *endpoint]
         main = "from icrl_megatron.cli import main; main()"
-        done = subprocess.run(
-            [sys.executable, "-c", main, *arguments], capture_output=True, text=True, timeout=60, check=False
-        )
+        command = [sys.executable, "-c", main, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "48 attempts in a row failed" in done.stderr

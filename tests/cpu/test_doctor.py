@@ -66,9 +66,7 @@ def test_the_driver_must_run_the_locked_torch(tmp_path: Path, text: str, driver:
 
 
 @pytest.mark.parametrize("release", ["12.8", "13.0"])
-def test_the_toolkit_must_be_of_the_cuda_of_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str
-) -> None:
+def test_the_toolkit_must_fit_the_cuda_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str) -> None:
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")

@@ -125,9 +125,8 @@ def test_shards_of_two_ranks_give_the_samples_of_one(finished_run: Path, tmp_pat
 def test_episodes_and_credit_are_restored_exactly(tmp_path: Path) -> None:
     for rank in (0, 1, 2):
         written(tmp_path, [3, 4], rank, 3)
-    assert [p.name for p in sorted((tmp_path / "rollouts").iterdir())] == [
-        f"rank_0000{rank}.jsonl" for rank in range(3)
-    ]
+    names = [f"rank_0000{rank}.jsonl" for rank in range(3)]
+    assert [p.name for p in sorted((tmp_path / "rollouts").iterdir())] == names
     assert Rollouts(tmp_path).episodes(4) == played(4)
     assert str(Rollouts(tmp_path).episodes(4)) == str(played(4))  # -0.0 too
     assert hash(Rollouts(tmp_path).episodes(3)[0]) == hash(played(3)[0])
@@ -185,9 +184,8 @@ def test_other_files_are_refused_and_left_alone(tmp_path: Path, begin: bytes, co
     whole = encoded(1, played(1)[0], {}, decode) if begin else b""
     path.write_bytes(whole + content)
     for read in (lambda: Rollouts(tmp_path), lambda: DumpWriter(tmp_path, 0, 1, 0), lambda: show(tmp_path)):
-        with pytest.raises(
-            ConfigError, match=rf"rank_00000.jsonl, byte {len(whole)}: not an episode .* move that file"
-        ):
+        place = rf"rank_00000.jsonl, byte {len(whole)}"
+        with pytest.raises(ConfigError, match=rf"{place}: not an episode .* move that file"):
             read()
     assert path.read_bytes() == whole + content
 

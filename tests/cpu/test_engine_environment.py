@@ -48,9 +48,7 @@ def test_it_prints_the_reason_and_exits_with_3(
     assert out == "" and "the engine's environment cannot be made" in err and reason in err
 
 
-def test_its_python_may_be_another_than_the_trainers(
-    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_it_may_have_another_python(environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The running Python comes first; others follow if they work: a version manager's shims may have nothing behind."""
     running = platform.python_version().rpartition(".")[0]
     shim, works = tmp_path / "python3.98", tmp_path / "python3.99"
@@ -72,9 +70,7 @@ def test_a_complete_environment_is_reused(environment: ModuleType, capsys: pytes
     assert capsys.readouterr().out == f"{folder / 'bin' / 'python'}\n"
 
 
-def test_its_folder_depends_on_the_requirements(
-    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_requirements_name_its_folder(environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = environment.cache()
     other = tmp_path / "requirements.txt"
     other.write_text("sglang==9\n")

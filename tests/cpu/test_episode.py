@@ -26,6 +26,7 @@ from icrl_megatron.types import Attempt, Completion, Episode, Task
 from icrl_megatron.utils.errors import ConfigError
 
 PARSED, SKIPPED = {"parse_truncated": True}, {"repeats_over_invalid": True}
+WAITS = ["wait", "wait", "up"]
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +103,8 @@ def test_episodes_are_repeatable_and_in_the_order_of_the_tasks(engine: LocalEngi
 
 def test_rounds_continue_until_success_and_see_only_the_latest_critique(prompter: Prompter) -> None:
     failure, success = ["down", "down", "down"], ["up", "up", "up"]
-    episode, solver, critic = scripted(
-        prompter, [*failure, *failure, *success], ["<critic> advice1 </critic>", "advice2"]
-    )
+    critiques = ["<critic> advice1 </critic>", "advice2"]
+    episode, solver, critic = scripted(prompter, [*failure, *failure, *success], critiques)
     assert [a.success for a in episode.attempts] == [False, False, True]
     assert [c.text for c in episode.critiques] == ["advice1", "advice2"]
     assert [a.round for a in episode.attempts] == [0, 1, 2] and [c.round for c in episode.critiques] == [0, 1]
@@ -140,7 +140,7 @@ def priced_ladder(task: Task) -> Ladder:
         ({"call_cost": 0.02, "token_cost": 0.001}, [0.1 - 0.064, 1.0 - 0.064]),
     ],
 )
-def test_calls_and_tokens_reduce_the_reward_but_not_success(
+def test_costs_reduce_the_reward_but_not_success(
     prompter: Prompter, costs: dict[str, float], outcomes: list[float]
 ) -> None:
     game = {"goal": 2, "environment": priced_ladder, "rounds": 2, "max_turns": 2}
@@ -173,19 +173,9 @@ def test_the_critic_reads_the_trajectory_and_its_outcome(prompter: Prompter) -> 
         (["wait", "wait", "wait"], "repeated", ["wait"] * 3, {}),
         (["wait", "nonsense"] * 2, "max_turns", ["wait", None] * 2, {"max_turns": 4, "repeat_limit": 2}),
         (["nonsense"] * 8, "max_turns", [None] * 8, {}),
-        (
-            ["wait", "nonsense"] * 2 + ["wait"],
-            "repeated",
-            ["wait", None] * 2 + ["wait"],
-            SKIPPED,
-        ),
+        (["wait", "nonsense"] * 2 + ["wait"], "repeated", ["wait", None] * 2 + ["wait"], SKIPPED),
         (["nonsense"] * 8, "max_turns", [None] * 8, SKIPPED),
-        (
-            ["wait", "wait", "up", "nonsense", "wait", "up", "up"],
-            "done",
-            ["wait", "wait", "up", None, "wait", "up"],
-            SKIPPED,
-        ),
+        ([*WAITS, "nonsense", "wait", "up", "up"], "done", [*WAITS, None, "wait", "up"], SKIPPED),
         (["up", "down go..."], "length", ["up", None], {}),
         (["up", "down", "wait"], "context", ["up", "down", "wait"], {"context_tokens": 27}),
         (["up", "up go go go..."], "context", ["up", None], {"context_tokens": 16}),
@@ -244,10 +234,8 @@ def test_a_reply_that_ran_out_of_time_is_never_an_action(prompter: Prompter, par
 
 
 def test_the_first_turns_of_a_long_trajectory_are_left_out_of_the_critics_prompt(prompter: Prompter) -> None:
-    replies = ["up", "down"] * 4
-    episode, _, critic = scripted(
-        prompter, [*replies, *["down"] * 3], ["advice1"], rounds=2, goal=8, context_tokens=90, max_critique_tokens=60
-    )
+    replies, limits = [*["up", "down"] * 4, *["down"] * 3], {"context_tokens": 90, "max_critique_tokens": 60}
+    episode, _, critic = scripted(prompter, replies, ["advice1"], rounds=2, goal=8, **limits)
     (ask,) = critic.asked
     assert len(ask.prompt_ids) + ask.max_new_tokens <= 90
     turns = [prompter.turn_text(i + 1, t.text, t.observation) for i, t in enumerate(episode.attempts[0].turns)]

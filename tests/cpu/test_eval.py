@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import pytest
 from local_servers import Handler, threaded
 from rich.console import Console
 from scipy.stats import binomtest
-from whole_runs import Ended, batch
+from whole_runs import Batch, batch
 
 from icrl_megatron.algo.headers import headers_of
 from icrl_megatron.evaluation import run as evaluation
@@ -45,25 +44,18 @@ def episode(task_id: str, index: int, outcomes: list[bool]) -> Episode:
     done = Completion((1, 2), (0.0, 0.0), "stop", 0)
     turn = Turn(done, "x", "x", "seen", (7, 8, 9))
     attempts = tuple(
-        Attempt(
-            r, (0,), (0,), (turn,), float(ok), ok, "", "done", measures=(("answered", float(ok)), ("calls_search", 3.0))
-        )
-        for r, ok in enumerate(outcomes)
+        Attempt(r, (0,), (0,), (turn,), ok, ok == 1.0, "", "done", measures=(("answered", ok), ("calls_search", 3.0)))
+        for r, ok in enumerate(map(float, outcomes))
     )
-    critiques = tuple(
-        Critique(r, (0,), Completion((1,) * 5, (0.0,) * 5, "stop", 0), "c") for r in range(len(outcomes) - 1)
-    )
+    said = Completion((1,) * 5, (0.0,) * 5, "stop", 0)
+    critiques = tuple(Critique(r, (0,), said, "c") for r in range(len(outcomes) - 1))
     return Episode(Task(task_id, "t", "heldout", ""), index, attempts, critiques)
 
 
 def test_scores_by_subset_with_rounds_and_transitions() -> None:
     a, b = "t/heldout/aime/0", "t/heldout/minerva/0"
-    played = [
-        episode(a, 0, [False, True]),
-        episode(a, 1, [True]),
-        episode(b, 0, [False, False]),
-        episode(b, 1, [False, True]),
-    ]
+    played = [episode(a, 0, [False, True]), episode(a, 1, [True])]
+    played += [episode(b, 0, [False, False]), episode(b, 1, [False, True])]
     lost = [DroppedEpisode(Task(b, "t", "heldout", ""), 2, "gone")]
     aime, minerva, everything = score(headers_of(played), lost, rounds=2)
     assert (aime.subset, minerva.subset, everything.subset) == ("t/aime", "t/minerva", "all")
@@ -111,10 +103,8 @@ def test_every_share_has_the_same_interval(hits: int, n: int) -> None:
 
 def test_samples_of_a_problem_do_not_narrow_the_interval() -> None:
     one = score(headers_of([episode(f"t/heldout/{i}", 0, [i < 5]) for i in range(20)]), [], rounds=1)[0].average
-    many = score(
-        headers_of([episode(f"t/heldout/{i}", s, [i < 5]) for i in range(20) for s in range(8)]), [], rounds=1
-    )[0].average
-    assert one == many
+    eight = [episode(f"t/heldout/{i}", s, [i < 5]) for i in range(20) for s in range(8)]
+    assert one == score(headers_of(eight), [], rounds=1)[0].average
 
 
 def test_the_interval_of_a_difference_is_newcombes() -> None:
@@ -155,18 +145,11 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
     played = [episode(name, i, [False] * 6) for name in names for i in range(8)]
     found = successes(headers_of(played), 8)
     result = Result(
-        model="runs/qwen3_8b_math_4xh100",
-        critic="http://critic:30000/v1",
-        rounds=6,
-        samples=8,
-        scores=score(headers_of(played), [], rounds=6),
-        generated_tokens=1,
-        successes=found,
-        subsets={},
-        contents={},
+        model="runs/qwen3_8b_math_4xh100", critic="http://critic:30000/v1", rounds=6, samples=8, generated_tokens=1,
+        scores=score(headers_of(played), [], rounds=6), successes=found, subsets={}, contents={},
         comparison=compare(found, found, dict.fromkeys(names, "math/olympiadbench")),
         against="runs/grpo_8b_math_4xh100",
-    )
+    )  # fmt: skip
     wide = Console(width=400)
     shown = [scores_table(result), rounds_table(result, 0), rounds_table(result, 3), transitions_table(result)]
     for table in [*shown, comparison_table(result), tools_table(result)]:
@@ -175,18 +158,8 @@ def test_the_tables_fit_a_terminal_of_80_columns() -> None:
     show(result, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
-    for part in (
-        "t/olympiadbench",
-        "avg@8",
-        "pass@8",
-        "round 1",
-        "round 6",
-        "only the",
-        "McNemar",
-        "critique",
-        "calls_search",
-    ):
-        assert part in text
+    shown_parts = ("t/olympiadbench", "avg@8", "pass@8", "round 1", "round 6", "only the", "McNemar", "critique")
+    assert all(part in text for part in (*shown_parts, "calls_search"))
 
 
 # The program
@@ -216,10 +189,16 @@ def endpoint() -> Iterator[str]:
         yield f"{url}/v1"
 
 
+class Evaluated(Batch):
+    def result(self, name: str) -> dict[str, Any]:
+        self.succeeded(name)
+        return dict(json.loads((self.folder / name / "eval.json").read_text()))
+
+
 @pytest.fixture(scope="module")
-def ended(finished_run: Path, endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+def ran(finished_run: Path, endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     folder = tmp_path_factory.mktemp("evals")
-    start, small = finished_run / "warm_start" / "hf", "--problems 12"
+    start, saved, small = finished_run / "warm_start" / "hf", finished_run / "checkpoints", "--problems 12"
 
     def evaluation(model: Path, options: str, out: str = "") -> list[str]:
         return ["eval", str(model), *options.split(), *(["--out", str(folder / out)] if out else [])]
@@ -227,14 +206,12 @@ def ended(finished_run: Path, endpoint: str, tmp_path_factory: pytest.TempPathFa
     commands = {
         "before": evaluation(start, f"{small} --samples 2", "before"),
         "after": evaluation(finished_run, f"{small} --samples 2 --rounds 2 --against {folder / 'before'}", "after"),
-        "checkpoint": evaluation(finished_run / "checkpoints", f"{small} --samples 2", "ckpt"),
-        "critic": evaluation(finished_run, f"{small} --rounds 2 --critic {endpoint}", "c"),
-        "swap": evaluation(finished_run, f"{small} --rounds 2 --critic {start} --revise-all", "s"),
-        "nobody": evaluation(finished_run, "--rounds 2 --critic http://127.0.0.1:9/v1", "n"),
+        "checkpoint": evaluation(saved, f"{small} --samples 2", "checkpoint"),
+        "critic": evaluation(finished_run, f"{small} --rounds 2 --critic {endpoint}", "critic"),
+        "swap": evaluation(finished_run, f"{small} --rounds 2 --critic {start} --revise-all", "swap"),
+        "nobody": evaluation(finished_run, "--rounds 2 --critic http://127.0.0.1:9/v1", "nobody"),
         "subset": evaluation(finished_run, f"{small} --samples 2 --on rulebook_easy", "subset"),
-        "critic_checkpoint": evaluation(
-            finished_run, f"{small} --rounds 3 --critic {finished_run / 'checkpoints'}", "cc"
-        ),
+        "saved_critic": evaluation(finished_run, f"{small} --rounds 3 --critic {saved}", "saved_critic"),
         "on_train": evaluation(finished_run, "--on train"),
         "no_critic": evaluation(finished_run, "--rounds 2 --critic /nowhere/critic"),
         "other_task": evaluation(finished_run, f"{small} --task rulebook_hard --against {folder / 'before'}"),
@@ -242,22 +219,17 @@ def ended(finished_run: Path, endpoint: str, tmp_path_factory: pytest.TempPathFa
         "no_task": evaluation(folder, ""),
         "unknown": evaluation(finished_run, "--task rulebok_hard"),
     }
-    return folder, batch(folder, commands)
+    return Evaluated(folder, batch(folder, commands))
 
 
-def test_two_models_on_the_same_problems(ended: tuple[Path, dict[str, Ended]]) -> None:
-    folder, by_name = ended
-    assert by_name["before"].code == by_name["after"].code == 0, by_name
-    before, after = (json.loads((folder / n / "eval.json").read_text()) for n in ("before", "after"))
+def test_two_models_on_the_same_problems(ran: Evaluated) -> None:
+    before, after, folder = ran.result("before"), ran.result("after"), ran.folder
     assert list(before["successes"]) == list(after["successes"]) and len(before["successes"]) == 12
     assert all(len(tries) == 2 for tries in before["successes"].values())
     (compared,) = after["comparison"]
     assert compared["pairs"] == 24
-    pairs = list(
-        itertools.chain.from_iterable(
-            zip(after["successes"][t], before["successes"][t], strict=True) for t in before["successes"]
-        )
-    )
+    found, earlier = after["successes"], before["successes"]
+    pairs = [pair for task in earlier for pair in zip(found[task], earlier[task], strict=True)]
     assert compared["only_first"] == sum(a[0] and not b[0] for a, b in pairs)
     episodes = Rollouts(folder / "after").episodes(0)
     assert successes(headers_of(episodes), 2) == after["successes"]
@@ -269,38 +241,26 @@ def test_two_models_on_the_same_problems(ended: tuple[Path, dict[str, Ended]]) -
     assert len(after["scores"][0]["rounds"]) == 2
 
 
-def test_a_checkpoint_and_its_export_are_the_same_model(ended: tuple[Path, dict[str, Ended]]) -> None:
-    folder, by_name = ended
-    assert by_name["checkpoint"].code == 0, by_name["checkpoint"].error
-    exported, loaded = (json.loads((folder / n / "eval.json").read_text())["successes"] for n in ("after", "ckpt"))
+def test_a_checkpoint_and_its_export_are_the_same_model(ran: Evaluated) -> None:
+    exported, loaded = (ran.result(name)["successes"] for name in ("after", "checkpoint"))
     assert {t: [e[0] for e in of] for t, of in exported.items()} == {t: [e[0] for e in of] for t, of in loaded.items()}
 
 
-def test_another_critic_advises(ended: tuple[Path, dict[str, Ended]]) -> None:
-    folder, by_name = ended
-    assert by_name["critic"].code == 0, by_name["critic"].error
-    result = json.loads((folder / "c" / "eval.json").read_text())
+def test_another_critic_advises(ran: Evaluated) -> None:
+    result = ran.result("critic")
     critiques = sum(result["scores"][0]["transitions"].values())
     assert critiques > 0 and result["scores"][0]["critique_tokens"] == 6  # three words, two tags, the end
     assert len(Critics.seen) >= critiques + 1  # the failed one was asked again
     assert all(request["model"] == "adviser" for request in Critics.seen)
-    assert (
-        "wrong" in Critics.seen[0]["messages"][0]["content"] and "<|" not in Critics.seen[0]["messages"][0]["content"]
-    )
-    assert by_name["swap"].code == 0, by_name["swap"].error
-    swapped = json.loads((folder / "s" / "eval.json").read_text())["scores"][0]["transitions"]
-    assert sum(swapped.values()) == 12  # successes were revised too
+    asked = Critics.seen[0]["messages"][0]["content"]
+    assert "wrong" in asked and "<|" not in asked
+    assert sum(ran.result("swap")["scores"][0]["transitions"].values()) == 12  # successes were revised too
 
 
-def test_subsets_rounds_and_a_critic_from_a_checkpoint(ended: tuple[Path, dict[str, Ended]]) -> None:
-    folder, by_name = ended
-    assert by_name["subset"].code == 0, by_name["subset"].error
-    whole, part = (json.loads((folder / n / "eval.json").read_text()) for n in ("ckpt", "subset"))
-    assert {t: [e[0] for e in of] for t, of in part["successes"].items()} == {
-        t: [e[0] for e in of] for t, of in whole["successes"].items()
-    }
-    assert by_name["critic_checkpoint"].code == 0, by_name["critic_checkpoint"].error
-    (scored,) = json.loads((folder / "cc" / "eval.json").read_text())["scores"]
+def test_subsets_rounds_and_a_critic_from_a_checkpoint(ran: Evaluated) -> None:
+    whole, part = (ran.result(name)["successes"] for name in ("checkpoint", "subset"))
+    assert {t: [e[0] for e in of] for t, of in part.items()} == {t: [e[0] for e in of] for t, of in whole.items()}
+    (scored,) = ran.result("saved_critic")["scores"]
     rounds = [round(12 * r["mean"]) for r in scored["rounds"]]
     assert len(rounds) == 3 and rounds == sorted(rounds)
     failed_first = 12 - rounds[0]
@@ -320,8 +280,8 @@ def test_subsets_rounds_and_a_critic_from_a_checkpoint(ended: tuple[Path, dict[s
         ("unknown", ["rulebok_hard", "rulebook_hard"]),
     ],
 )
-def test_refused_with_one_message(ended: tuple[Path, dict[str, Ended]], name: str, parts: list[str]) -> None:
-    how = ended[1][name]
+def test_refused_with_one_message(ran: Evaluated, name: str, parts: list[str]) -> None:
+    how = ran.ended[name]
     assert how.code == 2, how.error
     assert all(part in how.error for part in parts) and "Traceback" not in how.error
 

@@ -27,9 +27,8 @@ from icrl_megatron.types import Completion, Task
 
 SETTINGS = RolloutSettings(templates="compact", context_tokens=256, concurrency=16)
 SEEDS = Seeds(run=3, step=0, purpose="eval")
-PROMPTER = Prompter(
-    build_tokenizer(["question", "yes", "no", "help", "bad", "good", *template_words("compact")]), SETTINGS
-)
+WORDS = ["question", "yes", "no", "help", "bad", "good", *template_words("compact")]
+PROMPTER = Prompter(build_tokenizer(WORDS), SETTINGS)
 
 
 class Question:
@@ -90,9 +89,8 @@ SETUP = EpisodeSetup(Question, PROMPTER, SETTINGS)
 
 
 def run_control(problems: list[Task], failures: int, solver: Speaker, critic: Speaker | None = None) -> ControlResult:
-    return asyncio.run(
-        control(problems, failures, SEEDS, ControlState(), SETUP, same_speakers(solver, critic or solver))
-    )
+    speakers = same_speakers(solver, critic or solver)
+    return asyncio.run(control(problems, failures, SEEDS, ControlState(), SETUP, speakers))
 
 
 def test_the_control_measures_the_effect_of_the_critique() -> None:

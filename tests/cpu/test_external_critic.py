@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from aiohttp import web
-from local_servers import said, serving
+from local_servers import Replies, said, serving
 from transformers import AutoTokenizer
 
 from icrl_megatron.engines.protocol import RequestFailedError
@@ -79,38 +79,22 @@ def test_the_request_is_text_and_the_reply_becomes_ids(prompter: Prompter, monke
 
 
 def test_a_long_reply_is_cut_at_the_token_limit(prompter: Prompter) -> None:
-    async def answer(request: web.Request) -> web.Response:
-        return said("try red again again again")
-
-    completion = ask(prompter, answer, limit=3)
+    completion = ask(prompter, Replies("try red again again again").answer, limit=3)
     assert (len(completion.ids), completion.finish_reason) == (3, "length")
 
 
 def test_a_request_is_repeated_after_429_but_not_after_401(prompter: Prompter) -> None:
-    calls = []
-
-    async def busy_once(request: web.Request) -> web.Response:
-        calls.append(1)
-        return web.Response(status=429) if len(calls) == 1 else said("red")
-
-    assert prompter.decode(ask(prompter, busy_once).ids) == "red"
-
-    async def refuse(request: web.Request) -> web.Response:
-        calls.append(1)
-        return web.Response(status=401, text="no key")
-
-    calls.clear()
+    busy_once = Replies(lambda: web.Response(status=429), "red")
+    assert prompter.decode(ask(prompter, busy_once.answer).ids) == "red"
+    refuses = Replies(lambda: web.Response(status=401, text="no key"))
     with pytest.raises(RequestFailedError, match=r"status 401.*no key"):
-        ask(prompter, refuse)
-    assert len(calls) == 1
+        ask(prompter, refuses.answer)
+    assert len(refuses.seen) == 1
 
 
 def test_a_malformed_reply_is_a_failed_request(prompter: Prompter) -> None:
-    async def malformed(request: web.Request) -> web.Response:
-        return web.json_response({"choices": []})
-
     with pytest.raises(RequestFailedError, match="answered"):
-        ask(prompter, malformed)
+        ask(prompter, Replies({"choices": []}).answer)
 
 
 @pytest.mark.parametrize(
@@ -128,14 +112,12 @@ def test_a_malformed_reply_is_a_failed_request(prompter: Prompter) -> None:
     ],
 )
 def test_a_reply_must_be_text_or_parts_of_text(prompter: Prompter, content: object, text: str | None) -> None:
-    async def answer(request: web.Request) -> web.Response:
-        return said(content)
-
+    replies = Replies(lambda: said(content))
     if text is None:
         with pytest.raises(RequestFailedError, match="answered"):
-            ask(prompter, answer)
+            ask(prompter, replies.answer)
     else:
-        assert tuple(ask(prompter, answer).ids) == prompter.encode_reply(text)
+        assert tuple(ask(prompter, replies.answer).ids) == prompter.encode_reply(text)
 
 
 def test_an_interruption_ends_sent_and_waiting_requests(prompter: Prompter) -> None:

@@ -65,18 +65,8 @@ def runs() -> dict[str, frozenset[str]]:
 
 RUNS = runs()
 SETTINGS: dict[str, Settings] = {name: loading.load(name) for name in RUNS}
-FACTS = [
-    row
-    for heading in (
-        "Model and data",
-        "Schedule",
-        "Evaluation during training",
-        "Caps",
-        "Groups, weights and loss",
-        "Layout",
-    )
-    for row in table(heading)
-]
+HEADINGS = ("Model and data", "Schedule", "Evaluation during training", "Caps", "Groups, weights and loss", "Layout")
+FACTS = [row for heading in HEADINGS for row in table(heading)]
 
 
 def chosen(labels: str) -> list[str]:

@@ -175,7 +175,7 @@ def test_a_run_trains_qwen2(tmp_path: Path) -> None:
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 
 
-def test_the_documented_family_computes_what_transformers_computes(
+def test_the_documented_family_agrees_with_transformers(
     tmp_path: Path, grid: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()

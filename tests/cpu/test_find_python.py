@@ -63,9 +63,7 @@ def test_an_older_one_is_taken_beside_a_newer_python3(folder: Path) -> None:
         ("3.12.3", True, ["python3.11"], "there is no python3.11 here"),
     ],
 )
-def test_otherwise_a_sentence_says_what_is_needed(
-    folder: Path, version: str, venv: bool, arguments: list[str], said: str
-) -> None:
+def test_otherwise_it_says_its_needs(folder: Path, version: str, venv: bool, arguments: list[str], said: str) -> None:
     python(folder, "python3", version, venv)
     done = find(folder, *arguments)
     assert (done.returncode, done.stdout) == (2, "")

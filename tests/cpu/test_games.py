@@ -76,97 +76,81 @@ async def play(environment: AgentGymEnvironment, actions: list[str]) -> list[str
 
 
 @textworld_only
-def test_a_game_can_be_lost_and_then_won(made: tuple[Path, dict[str, list[str]]]) -> None:
+async def test_a_game_can_be_lost_and_then_won(made: tuple[Path, dict[str, list[str]]]) -> None:
     folder, won = made
     with opened(folder) as task_set:
-        task_set.check()
+        await asyncio.to_thread(task_set.check)  # it runs an event loop of its own
         (task,) = task_set.problems("train")
         assert task.task_id == "alfworld/train/train/0" and subset_of(task) == "alfworld/train"
         check_no_leak(task_set.problems("train"), task_set.problems("heldout"))
         environment = task_set.environment(task)
-
-        async def rounds() -> None:
-            seen = await play(environment, ["look", "dance with the moon"])
-            assert "AVAILABLE ACTIONS: " in seen[0] and won["train"][0] in seen[0]
-            assert not environment.success() and environment.outcome() == 0.0
-            # The next round is the same game from its beginning.
-            again = await play(environment, won["train"])
-            assert again[0] == seen[0]
-            assert environment.success() and environment.outcome() == 1.0 and "solved" in environment.summary()
-
-        asyncio.run(rounds())
+        seen = await play(environment, ["look", "dance with the moon"])
+        assert "AVAILABLE ACTIONS: " in seen[0] and won["train"][0] in seen[0]
+        assert not environment.success() and environment.outcome() == 0.0
+        # The next round is the same game from its beginning.
+        again = await play(environment, won["train"])
+        assert again[0] == seen[0]
+        assert environment.success() and environment.outcome() == 1.0 and "solved" in environment.summary()
 
 
 @textworld_only
-def test_episodes_share_processes_without_blocking_each_other(made: tuple[Path, dict[str, list[str]]]) -> None:
+async def test_episodes_share_processes_without_blocking_each_other(made: tuple[Path, dict[str, list[str]]]) -> None:
     folder, won = made
+    late = 0.0
+
+    async def heartbeat() -> None:
+        nonlocal late
+        while True:
+            begun = time.monotonic()
+            await asyncio.sleep(0.01)
+            late = max(late, time.monotonic() - begun)
+
     with opened(folder, grading_workers=2) as task_set:
         tasks = [*task_set.problems("train"), *task_set.problems("heldout")]
-
-        async def many() -> float:
-            environments = [task_set.environment(tasks[i % 2]) for i in range(6)]
-            late = 0.0
-
-            async def heartbeat() -> None:
-                nonlocal late
-                while True:
-                    begun = time.monotonic()
-                    await asyncio.sleep(0.01)
-                    late = max(late, time.monotonic() - begun)
-
-            beating = asyncio.create_task(heartbeat())
-            actions = [won["train"], won["heldout"]] * 3
-            await asyncio.gather(*(play(e, a) for e, a in zip(environments, actions, strict=True)))
-            beating.cancel()
-            assert all(e.success() for e in environments)
-            assert [t.episodes for t in task_set._processes] == [3, 3]
-            environments.clear()
-            gc.collect()
-            assert [t.episodes for t in task_set._processes] == [0, 0]
-            return late
-
+        environments = [task_set.environment(tasks[i % 2]) for i in range(6)]
+        beating = asyncio.create_task(heartbeat())
+        actions = [won["train"], won["heldout"]] * 3
+        await asyncio.gather(*(play(e, a) for e, a in zip(environments, actions, strict=True)))
+        beating.cancel()
+        assert all(e.success() for e in environments)
+        assert [t.episodes for t in task_set._processes] == [3, 3]
+        environments.clear()
+        gc.collect()
+        assert [t.episodes for t in task_set._processes] == [0, 0]
         # Starting a game takes seconds; the event loop is never blocked that long.
-        assert asyncio.run(many()) < 2.0
+        assert late < 2.0
 
 
 @textworld_only
-def test_a_process_that_dies_fails_only_its_current_episodes(made: tuple[Path, dict[str, list[str]]]) -> None:
+async def test_a_process_that_dies_fails_only_its_current_episodes(made: tuple[Path, dict[str, list[str]]]) -> None:
     folder, won = made
     with opened(folder, grading_workers=1) as task_set:
         task = task_set.problems("train")[0]
-
-        async def episode() -> None:
-            first, second = task_set.environment(task), task_set.environment(task)
-            await first.reset()
-            await second.reset()
-            worker = task_set._processes[0]._worker
-            assert worker is not None
-            worker._process.kill()
-            with pytest.raises(EnvironmentFailure, match="killed its process"):
-                await first.step("look")
-            with pytest.raises(EnvironmentFailure, match="was restarted"):
-                await second.step("look")
-            await play(second, won["train"])
-            assert second.success()
-
-        asyncio.run(episode())
+        first, second = task_set.environment(task), task_set.environment(task)
+        await first.reset()
+        await second.reset()
+        worker = task_set._processes[0]._worker
+        assert worker is not None
+        worker._process.kill()
+        with pytest.raises(EnvironmentFailure, match="killed its process"):
+            await first.step("look")
+        with pytest.raises(EnvironmentFailure, match="was restarted"):
+            await second.step("look")
+        await play(second, won["train"])
+        assert second.success()
 
 
 @textworld_only
-def test_a_step_that_hangs_is_ended(made: tuple[Path, dict[str, list[str]]]) -> None:
+async def test_a_step_that_hangs_is_ended(made: tuple[Path, dict[str, list[str]]]) -> None:
     with opened(made[0], grading_workers=1) as task_set:
         environment = task_set.environment(task_set.problems("train")[0])
-
-        async def episode() -> None:
-            await environment.reset()
-            process = task_set._processes[0]
-            assert process._worker is not None
-            os.kill(process._worker._process.pid, signal.SIGSTOP)
-            process._timeout_s = 0.5
-            with pytest.raises(EnvironmentFailure, match=r"took over 0\.5 s"):
-                await environment.step("look")
-
-        asyncio.run(episode())
+        await environment.reset()
+        process = task_set._processes[0]
+        assert process._worker is not None
+        os.kill(process._worker._process.pid, signal.SIGSTOP)
+        process._timeout_s = 0.5
+        with pytest.raises(EnvironmentFailure, match=r"took over 0\.5 s"):
+            await environment.step("look")
 
 
 def folder_with(tmp_path: Path, name: str, content: str) -> Path:

@@ -89,9 +89,7 @@ def test_a_gpu_with_any_number_is_found(devices: list[str], there: bool, tmp_pat
 HERE = ("Some GPU", "1", "2", "3", "3.12", {"torch": "2"})
 
 
-def test_a_stage_runs_again_at_a_larger_size_only(
-    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_runs_again_only_if_larger(check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sized(name: str) -> object:
         code = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + '.')"
         return check.Stage(name, lambda out, size: [sys.executable, "-c", code, str(out / f"{name}.txt"), size], 60)
@@ -124,7 +122,7 @@ def test_a_stage_over_its_limit_is_killed_with_its_children(check: ModuleType, t
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
-def test_a_second_check_repeats_failed_stages_only_and_packs_the_results(
+def test_a_second_check_repeats_failed_stages_only(
     check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Like the real stages, each writes its results to a file with its own name."""
@@ -149,9 +147,7 @@ def test_a_second_check_repeats_failed_stages_only_and_packs_the_results(
     assert (tmp_path / "good.json").read_text() == "11"
 
 
-def test_stages_that_measure_no_time_run_in_parallel(
-    check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_untimed_stages_run_in_parallel(check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stages wait for each other's file. The first stage and every timed stage run alone."""
 
     def meets(own: str, other: str) -> str:
@@ -203,10 +199,8 @@ def test_measurements_are_compared_with_the_targets() -> None:
     size = {"model": "Qwen3-8B", "tensor_parallel": 1}
     given = {"kernels": measured(3.0), "liger vocab-parallel CE": measured(6.0), "megatron fused CE": {"missing": "no"}}
     train = {"kernels": measured(40.0, 2.4), "kernels, bf16 logits": measured(50.0, 1.2), "eager": measured(99.0, 23.9)}
-    rows = [
-        {"operation": operation, "tokens": tokens, **size, "peers": peers}
-        for operation, tokens, peers in (("given", 8192, given), ("train", 16384, train))
-    ]
+    cases = (("given", 8192, given), ("train", 16384, train))
+    rows = [{"operation": operation, "tokens": tokens, **size, "peers": peers} for operation, tokens, peers in cases]
     for row in rows:
         shape = (row["operation"], row["tokens"], 151936, 4096)
         row["peers"] = {name: module.with_rates(values, *shape) for name, values in row["peers"].items()}
@@ -306,9 +300,8 @@ def test_benchmarked_peers_compute_the_same(bench: ModuleType) -> None:
 def test_no_token_of_the_benchmark_is_clipped(bench: ModuleType) -> None:
     """The kernels do not read the row of a clipped token, and no peer can skip one."""
     inputs = bench.Inputs(bench.Shape("tiny", 200, 1))
-    output = bench.policy_head(
-        inputs.hidden_LH, inputs.weight_VH, inputs.streams, inputs.terms, inputs.shard, bench.Chunking()
-    )
+    given = (inputs.hidden_LH, inputs.weight_VH, inputs.streams, inputs.terms, inputs.shard)
+    output = bench.policy_head(*given, bench.Chunking())
     assert not bool((output.clipped_low_L | output.clipped_high_L).any())
     passes, slopes_L = bench.tuning_passes(inputs, 64)
     assert slopes_L.shape == (64,) and bool((slopes_L != 0).all())

@@ -42,6 +42,7 @@ BAD_STREAMS: dict[str, dict[str, Tensor | None]] = {
     "got behaviour_logprobs_L alone": {"calibrated_L": None},
     "got calibrated_L alone": {"behaviour_logprobs_L": None},
 }
+SHARD = VocabShard.whole(10)
 BAD: dict[str, tuple[Tensor, Tensor, Streams]] = {
     "hidden_LH": (HIDDEN_LH[0], WEIGHT_VH, STREAMS),
     "hidden_LH: expected a contiguous tensor": (HIDDEN_LH.T.contiguous().T, WEIGHT_VH, STREAMS),
@@ -55,60 +56,52 @@ BAD: dict[str, tuple[Tensor, Tensor, Streams]] = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_tensors_are_refused(message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        policy_head(*BAD[message], Terms(), VocabShard.whole(10))
+        policy_head(*BAD[message], Terms(), SHARD)
 
 
 @pytest.mark.parametrize(
-    ("terms", "shard", "chunk", "message"),
+    ("odd", "message"),
     [
-        (Terms(kl_coef=0.1), VocabShard.whole(10), 4, "reference_logprobs_L: .*kl_coef is 0.1, got None"),
-        (Terms(temperature=0.0), VocabShard.whole(10), 4, "temperature"),
-        (Terms(temperature=float("nan")), VocabShard.whole(10), 4, "temperature"),
-        (Terms(temperature=None), VocabShard.whole(10), 4, "temperature: expected a finite number above 0, got None"),
-        (Terms(temperature="1"), VocabShard.whole(10), 4, "temperature: expected a finite number above 0, got '1'"),
-        (Terms(temperature=1e-39), VocabShard.whole(10), 4, "temperature: .*float32 can hold, got 1e-39"),
-        (Terms(w_max=None), VocabShard.whole(10), 4, "w_max: expected a number, got None"),
-        (Terms(w_max=-1.0), VocabShard.whole(10), 4, "w_max"),
-        (Terms(clip_low=-0.1), VocabShard.whole(10), 4, "clip_low"),
-        (Terms(entropy_coef=float("nan")), VocabShard.whole(10), 4, "entropy_coef"),
-        (Terms(), VocabShard.whole(11), 4, "shard.valid: expected 0 to 10"),
-        (Terms(), VocabShard(4, 10, 12), 4, "shard: expected columns within 0 to 12, got 4 to 14"),
-        (Terms(), VocabShard(0, 10, 20), 4, "without a group"),
-        (Terms(), VocabShard.whole(10), 0, "chunking.tokens"),
-        (Terms(), VocabShard.whole(10), 2.5, "chunking.tokens: expected None or an integer of at least 1, got 2.5"),
-        (Terms(), VocabShard.whole(10), True, "chunking.tokens"),
-    ],
-)
-def test_bad_scalars_and_shards_are_refused(terms: Terms, shard: VocabShard, chunk: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        policy_head(*good_inputs(), terms, shard, Chunking(chunk))
-
-
-@pytest.mark.parametrize(
-    ("chunking", "message"),
-    [
+        (Terms(kl_coef=0.1), "reference_logprobs_L: .*kl_coef is 0.1, got None"),
+        (Terms(temperature=0.0), "temperature"),
+        (Terms(temperature=float("nan")), "temperature"),
+        (Terms(temperature=None), "temperature: expected a finite number above 0, got None"),
+        (Terms(temperature="1"), "temperature: expected a finite number above 0, got '1'"),
+        (Terms(temperature=1e-39), "temperature: .*float32 can hold, got 1e-39"),
+        (Terms(w_max=None), "w_max: expected a number, got None"),
+        (Terms(w_max=-1.0), "w_max"),
+        (Terms(clip_low=-0.1), "clip_low"),
+        (Terms(entropy_coef=float("nan")), "entropy_coef"),
+        (VocabShard.whole(11), "shard.valid: expected 0 to 10"),
+        (VocabShard(4, 10, 12), "shard: expected columns within 0 to 12, got 4 to 14"),
+        (VocabShard(0, 10, 20), "without a group"),
+        (VocabShard(0, 10, 20, object()), "shard.group: expected an initialized torch.distributed"),
+        (Chunking(0), "chunking.tokens"),
+        (Chunking(2.5), "chunking.tokens: expected None or an integer of at least 1, got 2.5"),
+        (Chunking(True), "chunking.tokens"),
         (Chunking(backend="cutlass"), "chunking.backend: expected auto or torch or triton, got cutlass"),
         (Chunking(logits="fp8"), "chunking.logits: expected fp32 or bf16, got fp8"),
         (Chunking(logits="bf16"), "chunking.logits: expected fp32 but for triton with bf16 inputs"),
         (Chunking(backend="triton"), "hidden_LH: expected one of torch.float32, torch.bfloat16, got torch.float64"),
+        (MainGrad(torch.zeros(9, 16, dtype=torch.float64)), "main_grad: expected the weight's shape"),
+        (MainGrad(torch.zeros(10, 16, dtype=torch.float32)), "main_grad: expected torch.float64"),
+        (
+            MainGrad(torch.zeros(10, 16, dtype=torch.float64, device="meta")),
+            "main_grad: expected the device of weight_VH, cpu",
+        ),
     ],
 )
-def test_backends_and_logits_that_do_not_exist_or_do_not_fit_are_refused(chunking: Chunking, message: str) -> None:
+def test_other_bad_arguments_are_refused(odd: Any, message: str) -> None:
+    given = {Terms: Terms(), VocabShard: SHARD, Chunking: Chunking(4), MainGrad: None} | {type(odd): odd}
     with pytest.raises(ValueError, match=message):
-        policy_head(*good_inputs(), Terms(), VocabShard.whole(10), chunking)
+        policy_head(*good_inputs(), *given.values())
 
 
 def test_kernels_on_a_cpu_need_tritons_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     inputs, chunking = (HIDDEN_LH.float(), WEIGHT_VH.float(), STREAMS), Chunking(backend="triton")
     with pytest.raises(ValueError, match=r"chunking.backend: expected torch for CPU tensors"):
-        policy_head(*inputs, Terms(), VocabShard.whole(10), chunking)
-
-
-def test_a_group_without_torch_distributed_is_refused() -> None:
-    shard = VocabShard(0, 10, 20, object())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"shard.group: expected an initialized torch.distributed"):
-        policy_head(*good_inputs(), Terms(), shard)
+        policy_head(*inputs, Terms(), SHARD, chunking)
 
 
 @pytest.fixture
@@ -151,19 +144,3 @@ def test_values_of_tokens_without_loss_are_not_read(how: How) -> None:
     assert int(poisoned[0].non_finite) == 0 and torch.equal(poisoned[0].loss, clean[0].loss)
     assert bool((poisoned[0].logprobs_L[[2, 5]] == -torch.inf).all())
     assert torch.equal(poisoned[1], clean[1]) and torch.equal(poisoned[2], clean[2])
-
-
-@pytest.mark.parametrize(
-    ("buffer", "message"),
-    [
-        (torch.zeros(9, 16, dtype=torch.float64), "main_grad: expected the weight's shape"),
-        (torch.zeros(10, 16, dtype=torch.float32), "main_grad: expected torch.float64"),
-        (
-            torch.zeros(10, 16, dtype=torch.float64, device="meta"),
-            "main_grad: expected the device of weight_VH, cpu",
-        ),
-    ],
-)
-def test_a_main_grad_that_does_not_fit_is_refused(buffer: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        policy_head(*good_inputs(), Terms(), VocabShard.whole(10), main_grad=MainGrad(buffer))

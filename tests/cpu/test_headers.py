@@ -37,9 +37,8 @@ def test_headers_survive_the_way_to_another_rank() -> None:
     headers = headers_of(played, rank=5)
     assert tuple(decode(encode(headers, TASKS), TASKS, 5)) == headers
     first, second = headers[1].attempts
-    assert first == AttemptHeader(
-        0, 2, 2, 4, 2, 2, 1, 1, 0.25, (-2.5, 0.0), "max_turns", False, True, (("calls", 2.0),)
-    )
+    counts = 0, 2, 2, 4, 2, 2, 1, 1
+    assert first == AttemptHeader(*counts, 0.25, (-2.5, 0.0), "max_turns", False, True, (("calls", 2.0),))
     assert (second.response_tokens, second.read_tokens, second.cut_texts, second.same_prompt) == (2, 3, 1, False)
     assert headers[1].generated_tokens() == played[1].generated_tokens() == 8
     assert decode(encode((), TASKS), TASKS, 0) == []

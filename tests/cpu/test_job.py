@@ -60,10 +60,12 @@ def test_success_is_done_even_if_a_stop_was_requested(told_to_stop: bool) -> Non
     assert actions(decisions(((None, 0, told_to_stop), "-/4", "-/-"))) == ["done"]
 
 
-def test_a_stopped_run_is_requeued_while_it_makes_progress() -> None:
+def test_a_stopped_run_is_requeued_while_it_makes_progress_and_a_killed_one_while_it_saves() -> None:
     found = decisions(*((STOP, f"-/{step}", "-/-") for step in (4, 9, 9)))
     assert actions(found) == ["requeue", "requeue", "fail"]
     assert "time limit is too short" in found[-1].message
+    killed = decisions(*((TIME_LIMIT, f"-/{step}", f"-/step_{step:06d}") for step in range(3 * MAX_UNSAVED)))
+    assert set(actions(killed)) == {"requeue"}
 
 
 def test_a_run_that_is_always_killed_before_it_saves_is_requeued_a_limited_number_of_times() -> None:
@@ -71,11 +73,6 @@ def test_a_run_that_is_always_killed_before_it_saves_is_requeued_a_limited_numbe
     assert actions(found) == ["requeue"] * (MAX_UNSAVED - 1) + ["fail"]
     assert "3 times without a checkpoint after -/step_000004" in found[-1].message
     assert found[-1].state.crashes == 0
-
-
-def test_a_killed_run_is_requeued_without_limit_while_it_writes_checkpoints() -> None:
-    found = decisions(*((TIME_LIMIT, f"-/{step}", f"-/step_{step:06d}") for step in range(3 * MAX_UNSAVED)))
-    assert set(actions(found)) == {"requeue"}
 
 
 def test_crashes_are_retried_with_growing_waits_and_a_limit() -> None:
@@ -177,6 +174,13 @@ def test_the_check_for_a_container_does_not_look_for_sglang_here(tmp_path: Path)
         assert (done.returncode, "has no SGLang" in done.stderr) == (code, code == 2), done.stderr
 
 
+def ranks(folder: Path, outcome: str, ended: int) -> Path:
+    """A Python that runs all but the ranks' agent, in whose place it only leaves an outcome."""
+    leave = f"echo '{outcome}' > \"$ICRL_OUTCOME\"" if outcome else "true"
+    real = f'[[ "$*" != *icrl_megatron.launch.agent* ]] && exec {sys.executable} "$@"'
+    return program(folder, "python", f"{real}\n{leave}\nexit {ended}")
+
+
 class RequeuedStep:
     """slurm/step.sh as NeMo-Run's script runs it after each requeue, with ranks that only leave an outcome."""
 
@@ -185,9 +189,7 @@ class RequeuedStep:
         program(folder, "scontrol", f'echo "$*" >> {self.commands}')
 
     def run(self, restarts: int, outcome: str, ended: int) -> Done:
-        leave = f"echo '{outcome}' > \"$ICRL_OUTCOME\"" if outcome else "true"
-        real = f'[[ "$*" != *icrl_megatron.launch.agent* ]] && exec {sys.executable} "$@"'
-        fake = program(self.folder, "python", f"{real}\n{leave}\nexit {ended}")
+        fake = ranks(self.folder, outcome, ended)
         env = {"ICRL_PYTHON": str(fake), "ICRL_BACK_OFF_S": "0", "ICRL_RANKS_PER_NODE": "1", "ICRL_HOME": str(ROOT)}
         env |= {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "ICRL_LOGS": str(self.folder / "logs")}
         return step_script(self.folder, f"run_dir={self.folder / 'run'}", **env)
@@ -239,9 +241,7 @@ class BatchJob:
 
     def run(self, restarts: int, outcome: str, ended: int) -> Done:
         """Each of its steps ends like this."""
-        leave = f"echo '{outcome}' > \"$ICRL_OUTCOME\"" if outcome else "true"
-        real = f'[[ "$*" != *icrl_megatron.launch.agent* ]] && exec {sys.executable} "$@"'
-        fake = program(self.folder, "python", f"{real}\n{leave}\nexit {ended}")
+        fake = ranks(self.folder, outcome, ended)
         env = {"PATH": f"{self.folder}:/usr/bin:/bin", "ICRL_PYTHON": str(fake), "ICRL_BACK_OFF_S": "0"}
         env |= {"ICRL_RANKS_PER_NODE": "2", "ICRL_LOGS": str(self.folder / "logs"), "RECIPE": "quickstart"}
         env |= {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_RESTART_COUNT": str(restarts)}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from attempts import observed
-from local_servers import said, serving
+from local_servers import Replies, said, serving
 
 pytest.importorskip("bm25s")
 
@@ -124,35 +124,20 @@ def judged(handler: Handler, answer: str = "Paris", timeout_s: float = 5.0) -> f
 
 
 def test_a_model_reads_the_question_the_golds_and_the_answer() -> None:
-    seen: list[dict[str, object]] = []
-
-    async def answer(request: web.Request) -> web.Response:
-        seen.append(json.loads(await request.text()))
-        return said("It is the same city: yes." if len(seen) == 1 else "No")
-
-    assert judged(answer, "City of {Paris}") == 1.0 and judged(answer, "Rome") == 0.0 and judged(answer, " ") == 0.0
-    (message,) = seen[0]["messages"]  # type: ignore[misc]
+    judge = Replies("It is the same city: yes.", "No")
+    assert [judged(judge.answer, answer) for answer in ("City of {Paris}", "Rome", " ")] == [1.0, 0.0, 0.0]
+    (message,) = judge.seen[0]["messages"]
     assert all(text in message["content"] for text in ("Capital of France?", "City of {Paris}"))
-    assert len(seen) == 2 and seen[0]["temperature"] == 0.0  # the empty answer was not sent
+    assert len(judge.seen) == 2 and judge.seen[0]["temperature"] == 0.0  # the empty answer was not sent
 
 
 def test_a_failing_endpoint_is_asked_again_and_is_never_a_score() -> None:
-    calls: list[int] = []
-
-    async def busy_once(request: web.Request) -> web.Response:
-        calls.append(1)
-        return web.Response(status=503) if len(calls) == 1 else said("yes")
-
-    assert judged(busy_once) == 1.0 and len(calls) == 2
-
-    async def down(request: web.Request) -> web.Response:
-        calls.append(1)
-        return web.Response(status=500, text="out of memory")
-
-    calls.clear()
+    busy_once = Replies(lambda: web.Response(status=503), "yes")
+    assert judged(busy_once.answer) == 1.0 and len(busy_once.seen) == 2
+    down = Replies(lambda: web.Response(status=500, text="out of memory"))
     with pytest.raises(ToolFailure, match=r"The judge at http.* failed: status 500.*out of memory"):
-        judged(down)
-    assert len(calls) == 1 + RETRIES
+        judged(down.answer)
+    assert len(down.seen) == 1 + RETRIES
 
 
 def test_an_endpoint_that_hangs_or_floods_costs_no_more_than_its_limits() -> None:
@@ -181,21 +166,12 @@ def test_an_endpoint_that_hangs_or_floods_costs_no_more_than_its_limits() -> Non
 
 @pytest.mark.parametrize("text", ["maybe", "", None, "yes and no and so on"])
 def test_an_unreadable_verdict_is_asked_for_twice(text: str | None) -> None:
-    calls: list[int] = []
-
-    async def nonsense(request: web.Request) -> web.Response:
-        calls.append(json.loads(await request.text())["seed"])
-        return said(text)
-
+    nonsense = Replies(text)
     with pytest.raises(ToolFailure, match="neither yes nor no"):
-        judged(nonsense)
-    assert calls == [0, 1]
-
-    async def garbage(request: web.Request) -> web.Response:
-        return web.Response(text="<html>")
-
+        judged(nonsense.answer)
+    assert [request["seed"] for request in nonsense.seen] == [0, 1]
     with pytest.raises(ToolFailure, match="answered"):
-        judged(garbage)
+        judged(Replies(lambda: web.Response(text="<html>")).answer)
 
 
 def searchqa(folder: Path, gold: str = "Paris", **agent: object) -> RetrievalQA:
@@ -204,9 +180,8 @@ def searchqa(folder: Path, gold: str = "Paris", **agent: object) -> RetrievalQA:
         (folder / f"{split}.jsonl").write_text(json.dumps({"q": f"Of France, {split}?", "a": gold}) + "\n")
     files = {split: [str(folder / f"{split}.jsonl")] for split in ("train", "heldout")}
     data = SearchData(prompt_column="q", label_column="a", corpus=str(folder / "corpus.jsonl"), **files)
-    made = registry.of_source(
-        SearchQASource("searchqa", data=data, agent=SearchAgent(**{"format": "tags"} | agent))  # type: ignore[arg-type]
-    )
+    searcher = SearchAgent(**{"format": "tags"} | agent)  # type: ignore[arg-type]
+    made = registry.of_source(SearchQASource("searchqa", data=data, agent=searcher))
     assert isinstance(made, RetrievalQA)
     return made
 
@@ -238,10 +213,7 @@ def test_a_judge_reads_a_bounded_answer(tmp_path: Path) -> None:
 
 
 def test_a_model_judges_inside_the_last_step(tmp_path: Path) -> None:
-    answers = ["yes", "no", "hm", "hm"]
-
-    async def answer(request: web.Request) -> web.Response:
-        return said(answers.pop(0))
+    judge = Replies("yes", "no", "hm", "hm")
 
     async def use(url: str) -> float:
         task_set = searchqa(tmp_path, judge="model", endpoint=Endpoint(url=url, model="m"))
@@ -255,7 +227,7 @@ def test_a_model_judges_inside_the_last_step(tmp_path: Path) -> None:
         assert scores == [1.0, 0.0] and environment.outcome() == 0.0
         return scores[0]
 
-    assert served(answer, use) == 1.0 and not answers
+    assert served(judge.answer, use) == 1.0 and len(judge.seen) == 4
 
 
 def test_the_format_is_measured_and_by_a_setting_rewarded(tmp_path: Path) -> None:

@@ -248,16 +248,6 @@ def main():
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_stop_signal_reaches_every_rank_once_and_all_save(start: Start, number: signal.Signals) -> None:
-    launched = start(WAITS, 2)
-    launched.await_files("ready.0", "ready.1")
-    launched.process.send_signal(number)
-    code, _, err = launched.end()
-    assert code == process.STOPPED, err
-    assert launched.read("signals.0", "signals.1") == ["1", "1"]
-
-
 SLOW_TO_LISTEN = """
 note("started")
 time.sleep(3)  # imports
@@ -269,13 +259,23 @@ def main():
 """
 
 
-def test_a_stop_during_the_imports_of_the_ranks_is_not_lost(start: Start) -> None:
-    launched = start(SLOW_TO_LISTEN, 2)
-    launched.await_files("started.0", "started.1")
-    launched.process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("body", "begun", "number", "note", "text"),
+    [
+        *((WAITS, "ready", number, "signals", "1") for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)),
+        (SLOW_TO_LISTEN, "started", signal.SIGTERM, "heard", "True"),
+    ],
+)
+def test_a_stop_signal_reaches_every_rank_once(
+    start: Start, body: str, begun: str, number: signal.Signals, note: str, text: str
+) -> None:
+    """All save; and it is not lost if it comes during the imports of the ranks."""
+    launched = start(body, 2)
+    launched.await_files(f"{begun}.0", f"{begun}.1")
+    launched.process.send_signal(number)
     code, _, err = launched.end()
     assert code == process.STOPPED, err
-    assert launched.read("heard.0", "heard.1") == ["True", "True"]
+    assert launched.read(f"{note}.0", f"{note}.1") == [text, text]
 
 
 STUBBORN = """

@@ -59,15 +59,18 @@ def runs(draw: st.DrawFn) -> Run:
         call = events[number].call
         return f"{events[number].text} {call.arguments if call else ''}"
 
+    def answer(number: int) -> None:
+        asked = events[number]
+        assert asked.call is not None
+        fact = f"fact{sum(map(ord, asked.call.key()))}"
+        events.append(Event("agent", asked.tag, "observation", fact, (number,), asked.thread))
+
     for _ in range(draw(st.integers(1, 24))):
         thread = draw(st.integers(0, 4))
         waiting = [n for n in open_calls if events[n].thread == thread]
         if waiting or (open_calls and draw(st.booleans())):
             number = waiting[0] if waiting else open_calls[0]
-            asked = events[number]
-            assert asked.call is not None
-            answer = f"fact{sum(map(ord, asked.call.key()))}"
-            events.append(Event("agent", asked.tag, "observation", answer, (number,), asked.thread))
+            answer(number)
             open_calls.remove(number)
             continue
         shown = [n for n, e in enumerate(events) if n not in open_calls]
@@ -81,11 +84,7 @@ def runs(draw: st.DrawFn) -> Run:
         else:
             events.append(Event(f"agent{thread}", draw(st.sampled_from(TAGS)), "text", quoted, tuple(knows), thread))
     for number in open_calls:
-        asked = events[number]
-        assert asked.call is not None
-        events.append(
-            Event("agent", asked.tag, "observation", f"fact{sum(map(ord, asked.call.key()))}", (number,), asked.thread)
-        )
+        answer(number)
     return run_of(events)
 
 
@@ -157,9 +156,8 @@ def test_a_thread_that_waited_for_another_stands_after_what_it_read() -> None:
     events = [call(1, "a"), seen(1, "fact1", 0), call(2, "b"), seen(2, "fact2", 2), text("think", "fact2!", 1, 0, 1, 3)]
     assert unknown_words(linear(run_of(events))) == []
     by_thread = sorted(events, key=lambda event: event.thread)
-    naive = Trajectory(
-        "t", "?", tuple(Segment(e.tag, e.text, e.kind, e.kind != "observation", e.call) for e in by_thread)
-    )
+    segments = tuple(Segment(e.tag, e.text, e.kind, e.kind != "observation", e.call) for e in by_thread)
+    naive = Trajectory("t", "?", segments)
     assert unknown_words(naive) == ["fact2"]
 
 

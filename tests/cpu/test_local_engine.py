@@ -182,10 +182,7 @@ def test_after_a_malformed_update_the_engine_needs_a_complete_one(folder: Path, 
         ([*good.items(), (norm, good[norm])], r"'model\.norm\.weight' was sent twice"),
         ([(norm, torch.zeros(3))], r"'model\.norm\.weight' has shape \(3,\), the model's is \(32,\)"),
         ([(norm, good[norm].to(torch.int64))], r"'model\.norm\.weight' is torch\.int64"),
-        (
-            [(n, t) for n, t in good.items() if n != norm],
-            r"lacks 1 of the model's tensors.*'model\.norm\.weight'",
-        ),
+        ([(n, t) for n, t in good.items() if n != norm], r"lacks 1 of the model's tensors.*'model\.norm\.weight'"),
         ([*good.items(), ("lm_head.weight", good[embedding] + 1)], r"'lm_head\.weight' differs from"),
     ]
     for tensors, message in bad:
@@ -197,18 +194,14 @@ def test_after_a_malformed_update_the_engine_needs_a_complete_one(folder: Path, 
     assert run(engine, [([5], sampling(0))])[0].weight_version == 4
 
 
-def test_updates_and_sleep_are_refused_while_requests_are_running(folder: Path, engine: LocalEngine) -> None:
+async def test_updates_and_sleep_are_refused_while_requests_are_running(folder: Path, engine: LocalEngine) -> None:
     good = load_file(folder / "model.safetensors")
-
-    async def interfere() -> Completion:
-        running = asyncio.ensure_future(engine.generate([5, 6], sampling(0, new=30, stop=())))
-        await asyncio.sleep(0)
-        for call in (lambda: engine.update_weights(good.items(), 1), engine.sleep):
-            with pytest.raises(EngineError, match="while requests are running"):
-                call()
-        return await running
-
-    assert len(asyncio.run(interfere()).ids) == 30
+    running = asyncio.ensure_future(engine.generate([5, 6], sampling(0, new=30, stop=())))
+    await asyncio.sleep(0)
+    for call in (lambda: engine.update_weights(good.items(), 1), engine.sleep):
+        with pytest.raises(EngineError, match="while requests are running"):
+            call()
+    assert len((await running).ids) == 30
     engine.update_weights(good.items(), 1)
 
 
@@ -243,16 +236,13 @@ def test_weights_that_are_not_finite_are_an_error(folder: Path, engine: LocalEng
     assert run(engine, [([5], sampling(0))])[0].weight_version == 2
 
 
-def test_a_cancelled_request_does_not_affect_the_others(engine: LocalEngine) -> None:
-    async def cancel_one() -> Completion:
-        kept = asyncio.ensure_future(engine.generate([5, 6], sampling(0)))
-        lost = asyncio.ensure_future(engine.generate([5, 7], sampling(1)))
-        await asyncio.sleep(0)
-        lost.cancel()
-        return await kept
-
-    (expected,) = run(engine, [([5, 6], sampling(0))])
-    assert np.array_equal(asyncio.run(cancel_one()).ids, expected.ids)
+async def test_a_cancelled_request_does_not_affect_the_others(engine: LocalEngine) -> None:
+    expected = await engine.generate([5, 6], sampling(0))
+    kept = asyncio.ensure_future(engine.generate([5, 6], sampling(0)))
+    lost = asyncio.ensure_future(engine.generate([5, 7], sampling(1)))
+    await asyncio.sleep(0)
+    lost.cancel()
+    assert np.array_equal((await kept).ids, expected.ids)
 
 
 def test_folders_without_a_complete_model_are_refused(folder: Path, tmp_path: Path) -> None:

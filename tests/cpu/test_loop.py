@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from whole_runs import Ended, batch, icrl, rows, train
+from whole_runs import Batch, batch, from_model, icrl, train
 
 from icrl_megatron import loop
 from icrl_megatron.distributed.process import StopRequest
@@ -62,15 +61,11 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Ran:
-    folder: Path
-    ended: dict[str, Ended]
-
+class Ran(Batch):
     def steps(self, name: str) -> list[MetricsRow]:
         """The rows of the training steps of a run that succeeded."""
-        assert self.ended[name].code == 0, self.ended[name].error
-        found = [row for row in rows(self.folder / name) if "tokens/generated" in row]
+        self.succeeded(name)
+        found = self.trained(name)
         assert [row["step"] for row in found] == [1, 2]
         return found
 
@@ -78,11 +73,9 @@ class Ran:
 @pytest.fixture(scope="module")
 def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("variants")
-    start = [f"model.path={finished_run / 'warm_start' / 'hf'}", "warm_start.steps=0", "steps=2", "eval.interval=0"]
-    commands = {name: train(folder / name, *start, *changes) for name, changes in VARIANTS.items()}
-    commands["from_dump"] = train(
-        folder / "from_dump", *start, "debug.mode=from_dump", f"debug.dump={folder / 'rollout_only'}"
-    )
+    start = [*from_model(finished_run), "steps=2", "eval.interval=0"]
+    variants = VARIANTS | {"from_dump": ["debug.mode=from_dump", f"debug.dump={folder / 'rollout_only'}"]}
+    commands = {name: train(folder / name, *start, *changes) for name, changes in variants.items()}
     # Last, because the damage stays in the process.
     commands["unsynced"] = ["unsynced", *commands.pop("unsynced")]
     return Ran(folder, batch(folder, commands))
@@ -144,8 +137,9 @@ def test_the_critic_is_trained_only_if_it_is_the_solver(ran: Ran, name: str, tra
     assert (row["critique/tokens"] == 0) == (name == "empty_critic")
 
 
-def test_grpo_has_one_round(ran: Ran) -> None:
-    for row in ran.steps("grpo"):
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_grpo_and_gspo_have_one_round(ran: Ran, name: str) -> None:
+    for row in ran.steps(name):
         assert "reward/revision" not in row and "revision/gain" not in row
         assert row["samples/count"] == row["episodes/played"] == 16
 
@@ -161,15 +155,11 @@ def test_the_kl_to_the_reference_is_0_at_first_and_then_grows(ran: Ran) -> None:
     assert abs(first["actor/kl_reference"]) <= 1e-8 and second["actor/kl_reference"] > 1e-6
 
 
-def test_the_second_update_of_a_step_has_ratios_other_than_1(ran: Ran) -> None:
-    for row in ran.steps("two_updates"):
+@pytest.mark.parametrize("name", ["two_updates", "gspo"])
+def test_the_second_update_of_a_step_has_ratios_other_than_1(ran: Ran, name: str) -> None:
+    """Or the loss of GSPO would be GRPO's."""
+    for row in ran.steps(name):
         assert row["actor/ratio_deviation_max"] > 1e-5 and row["actor/mismatch_max"] <= 1e-4
-
-
-def test_the_arm_of_gspo_makes_several_updates_of_first_attempts(ran: Ran) -> None:
-    for row in ran.steps("gspo"):
-        assert "reward/revision" not in row and row["samples/count"] == 16
-        assert row["actor/ratio_deviation_max"] > 1e-5  # or its loss would be GRPO's
         assert row["actor/skipped_updates"] == row["actor/non_finite"] == 0
 
 
@@ -200,7 +190,7 @@ def test_a_grading_that_raises_drops_its_episodes_only(ran: Ran) -> None:
     for row in ran.steps("some_gradings_raise"):
         assert 0 < row["episodes/dropped"] < 16 and row["episodes/dropped"] % 4 == 0
         assert row["episodes/played"] + row["episodes/dropped"] == 16
-    said = " ".join(ran.ended["some_gradings_raise"].error.split())  # without line breaks
+    said = ran.ended["some_gradings_raise"].said
     assert "episodes lost, raises_often/train/" in said
     assert "outcome raised ZeroDivisionError: the grader divided by zero" in said
     before = read_rows(ran.folder / "some_gradings_raise" / "metrics.jsonl")[0]
@@ -218,14 +208,19 @@ def test_episodes_of_faulty_gradings_are_dropped_and_counted(ran: Ran, name: str
     for row in ran.steps(name):
         assert 0 < row["episodes/dropped"] == row[count] < 16
         assert row["episodes/played"] + row["episodes/dropped"] == 16
-    assert said in " ".join(ran.ended[name].error.split())
+    assert said in ran.ended[name].said
 
 
-def test_if_every_grading_raises_the_run_ends_with_its_error(ran: Ran) -> None:
-    ended = ran.ended["all_gradings_raise"]
-    assert ended.code == 1
-    assert "step 0: all 16 episodes were lost; raises/train/" in ended.error
-    assert "the grader divided by zero" in ended.error
+@pytest.mark.parametrize(
+    ("name", "error", "cause"),
+    [
+        ("all_gradings_raise", "step 0: all 16 episodes were lost; raises/train/", "the grader divided by zero"),
+        ("unsynced", "InvariantError: engine and trainer differ by", "weights were not synced completely"),
+    ],
+)
+def test_a_run_without_episodes_or_with_other_weights_ends(ran: Ran, name: str, error: str, cause: str) -> None:
+    ended = ran.ended[name]
+    assert ended.code == 1 and error in ended.error and cause in ended.error
 
 
 def test_rollout_only_plays_episodes_without_training(ran: Ran) -> None:
@@ -248,14 +243,7 @@ def test_fake_data_trains(ran: Ran) -> None:
         assert math.isfinite(row["actor/loss"]) and row["actor/grad_norm"] > 0
 
 
-def test_an_engine_with_other_weights_ends_the_run(ran: Ran) -> None:
-    ended = ran.ended["unsynced"]
-    assert ended.code == 1
-    assert "InvariantError: engine and trainer differ by" in ended.error
-    assert "weights were not synced completely" in ended.error
-
-
-def test_on_resume_the_actor_releases_memory_before_the_engine_gets_weights(
+def test_on_resume_memory_is_released_before_the_engine_gets_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []

@@ -89,9 +89,7 @@ def averaged(inputs, algo):
         ("averaged", "metrics['entropy'] must be a tensor with one value per token, got []"),
     ],
 )
-def test_a_users_loss_is_tried_before_a_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, said: str
-) -> None:
+def test_a_users_loss_is_tried_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, said: str) -> None:
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own", raising=False)

@@ -308,9 +308,8 @@ def test_a_token_without_loss_may_have_hidden_states_of_nan() -> None:
     hidden_LH[2] = math.nan
     hidden_LH.requires_grad_()
     weight_VH = torch.randn(10, 8, requires_grad=True)
-    logprobs_L, entropy_L = logprob_head(
-        hidden_LH, weight_VH, torch.tensor([1, 2, 3, 4]), 1.0, VocabShard(0, 10, 10), Chunking(2, "torch")
-    )
+    given = (hidden_LH, weight_VH, torch.tensor([1, 2, 3, 4]), 1.0)
+    logprobs_L, entropy_L = logprob_head(*given, VocabShard(0, 10, 10), Chunking(2, "torch"))
     keep_L = torch.tensor([True, True, False, True])
     loss = (logprobs_L.masked_fill(~keep_L, 0.0) + entropy_L.masked_fill(~keep_L, 0.0)).sum()
     for gradient in torch.autograd.grad(loss, (hidden_LH, weight_VH)):
@@ -338,9 +337,8 @@ def test_the_full_logits_are_never_created() -> None:
     hidden_LH, weight_VH = torch.randn(tokens, 4, requires_grad=True), torch.randn(columns, 4, requires_grad=True)
     targets_L = torch.randint(columns, (tokens,))
     with Largest() as seen:
-        logprobs_L, entropy_L = logprob_head(
-            hidden_LH, weight_VH, targets_L, 1.0, VocabShard.whole(columns), Chunking(chunk, "torch")
-        )
+        cut = VocabShard.whole(columns), Chunking(chunk, "torch")
+        logprobs_L, entropy_L = logprob_head(hidden_LH, weight_VH, targets_L, 1.0, *cut)
         (logprobs_L.sum() + entropy_L.sum()).backward()
     assert seen.elements == chunk * columns < tokens * columns
 
@@ -374,9 +372,7 @@ def test_every_built_in_loss_passes_the_check(name: str, algo: AlgoSettings) -> 
     check_loss(name, algo)
 
 
-def test_the_documented_loss_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Actor]
-) -> None:
+def test_a_documented_loss_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Actor]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text()
     section = page.partition("## A loss")[2].partition("\n## ")[0]
     code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]

@@ -30,7 +30,7 @@ from icrl_megatron.types import Attempt, Completion, Episode
 from icrl_megatron.utils.errors import ConfigError
 
 
-def test_environment_grades_one_reply(tmp_path: Path) -> None:
+async def test_environment_grades_one_reply(tmp_path: Path) -> None:
     source = dataset(tmp_path, [{"prompt": "2+3?", "label": "5"}])
     task_set = registry.of_source(source)
     environment = task_set.environment(task_set.problems("train")[0])
@@ -42,12 +42,12 @@ def test_environment_grades_one_reply(tmp_path: Path) -> None:
             assert (await environment.step(action)).done
         return problem, environment.success(), environment.outcome(), environment.summary()
 
-    problem, success, outcome, summary = asyncio.run(attempt(r"so \boxed{4}, no, \boxed{5}"))
+    problem, success, outcome, summary = await attempt(r"so \boxed{4}, no, \boxed{5}")
     assert (success, outcome) == (True, 1.0) and problem.startswith("2+3?") and "\\boxed" in problem
     assert "right" in summary
-    _, success, outcome, summary = asyncio.run(attempt(r"\boxed{6}"))
+    _, success, outcome, summary = await attempt(r"\boxed{6}")
     assert (success, outcome) == (False, 0.0) and "6 is wrong" in summary and "5" not in summary
-    _, success, _, summary = asyncio.run(attempt("5"))
+    _, success, _, summary = await attempt("5")
     assert not success and "\\boxed" in summary
 
 
@@ -66,9 +66,8 @@ def played(tmp_path: Path, replies: list[str], **changes: int) -> Attempt:
 
     setup = EpisodeSetup(task_set.environment, prompter, settings)
     (task,) = task_set.problems("train")
-    episode = asyncio.run(
-        play_episode(task, 0, setup, lambda task, index: Speakers(Solver(), EmptyCritic()), Seeds(0, 0))
-    )
+    speakers = Speakers(Solver(), EmptyCritic())
+    episode = asyncio.run(play_episode(task, 0, setup, lambda task, index: speakers, Seeds(0, 0)))
     assert isinstance(episode, Episode), episode
     assert not list(said)  # every reply was asked for
     return episode.attempts[0]
@@ -89,14 +88,13 @@ NO_BOX = "There is no answer in \\boxed{}."
         (["5"] * 30, {"max_turns": 50}, "max_turns", False),
     ],
 )
-def test_an_attempt_goes_on_until_a_reply_has_a_box(
+def test_an_attempt_ends_with_a_box(
     tmp_path: Path, replies: list[str], changes: dict[str, int], stop: str, right: bool
 ) -> None:
     attempt = played(tmp_path, replies, **changes)
     assert (attempt.stop_reason, attempt.success, attempt.outcome) == (stop, right, float(right))
-    assert [turn.observation for turn in attempt.turns] == [NO_BOX] * (len(replies) - (stop == "done")) + (
-        [""] if stop == "done" else []
-    )
+    ends = [""] if stop == "done" else []
+    assert [turn.observation for turn in attempt.turns] == [NO_BOX] * (len(replies) - len(ends)) + ends
 
 
 def test_turns_of_answers_are_an_option_of_mathematics_without_tools(tmp_path: Path) -> None:
@@ -140,9 +138,8 @@ def test_parquet_and_arrow_files_are_read(tmp_path: Path) -> None:
     saved.mkdir()
     with pa.OSFile(str(saved / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as to:
         to.write_table(pa.table({"question": ["c?"], "answer": [3.0]}))
-    data = ToolData(
-        train=[str(tmp_path / "aime.parquet")], heldout=[str(saved)], prompt_column="question", label_column="answer"
-    )
+    train, heldout = [str(tmp_path / "aime.parquet")], [str(saved)]
+    data = ToolData(train=train, heldout=heldout, prompt_column="question", label_column="answer")
     task_set = Mathematics(MathSource("math", data=data))
     assert [json.loads(t.problem)["label"] for t in task_set.problems("train")] == ["1", "2.5"]
     assert [t.task_id for t in task_set.problems("heldout")] == ["math/heldout/minerva/0"]
@@ -166,9 +163,7 @@ GOOD = {"prompt": "q?", "label": "1"}
         ([GOOD, {"prompt": "bad?", "label": "\\begin{cases}"}], ["line 2", "label", "not an answer"]),
     ],
 )
-def test_bad_rows_are_reported_with_file_and_line(
-    tmp_path: Path, rows: list[dict[str, object]], parts: list[str]
-) -> None:
+def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, rows: list[dict[str, object]], parts: list[str]) -> None:
     task_set = registry.of_source(dataset(tmp_path, rows))
     assert isinstance(task_set, Checked)
     with pytest.raises(ConfigError) as raised:

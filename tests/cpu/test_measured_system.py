@@ -25,9 +25,7 @@ def settings(*overrides: str) -> Settings:
     return load("archive", ["tasks.limit=20", "distill.attempts=2", *overrides])
 
 
-def test_the_system_on_heldout_problems_is_compared_with_a_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_system_on_heldout_problems_against_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With runs of training problems in the same file, and a model that answers nothing."""
     out, small = tmp_path / "a.jsonl", settings("eval.problems=6", "tasks.limit=4")
     command.run(small, out)
@@ -41,12 +39,8 @@ def test_the_system_on_heldout_problems_is_compared_with_a_model(
     right = sum(run["correct"] for run in heldout)
     assert right > 0 and said.startswith(f"{100 * right / 12:.1f} % right, ")
     build_tiny(tmp_path / "model", TinyModel(hidden=32, heads=2, kv_heads=1, ffn=48, max_positions=512), ["so"], seed=1)
-    short = (
-        "rollout.templates=compact",
-        "rollout.context_tokens=400",
-        "rollout.max_turn_tokens=4",
-        "rollout.max_turns=1",
-    )
+    lengths = ("rollout.context_tokens=400", "rollout.max_turn_tokens=4", "rollout.max_turns=1")
+    short = ("rollout.templates=compact", *lengths)
     asked = EvalRequest(
         tmp_path / "model",
         ("archive",),

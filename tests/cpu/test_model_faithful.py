@@ -149,9 +149,7 @@ def test_equivalent_folders_give_the_same_log_probs(base: Path, grid: grids.Grid
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_weights_are_rejected_while_loading(
-    base: Path, grid: grids.Grid, tmp_path: Path, value: float
-) -> None:
+def test_non_finite_weights_are_not_loaded(base: Path, grid: grids.Grid, tmp_path: Path, value: float) -> None:
     folder, values = copy(base, tmp_path / "m"), tensors(base)
     values["model.layers.1.mlp.down_proj.weight"][3, 4] = value
     save(values, folder / "model.safetensors")

@@ -92,15 +92,8 @@ adder = create_app(Adder, CallToolAction, CallToolObservation, env_name="adder",
 dice = create_app(Dice, Say, Words, env_name="dice", max_concurrent_envs=1)
 '''
 
-EXAMPLE = {
-    "messages": [
-        {
-            "role": "user",
-            "content": "<context>\nDrug A stops growth.\n</context>\n<question>\nWhat does it do?\n</question>",
-        },
-        {"role": "assistant", "content": "It stops growth."},
-    ]
-}
+ASKED = "<context>\nDrug A stops growth.\n</context>\n<question>\nWhat does it do?\n</question>"
+EXAMPLE = {"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "It stops growth."}]}
 
 
 def answers(url: str) -> bool:
@@ -144,9 +137,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     env = {**os.environ, "DIPG_DATASET_PATH": str(folder / "rows.jsonl")}
     script = Path(__file__).parents[1] / "openenv_servers.py"
     with (folder / "log").open("w") as log:
-        main = subprocess.Popen(
-            [PYTHON, script, *words], cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True
-        )
+        output = {"stdout": log, "stderr": log, "start_new_session": True}
+        main = subprocess.Popen([PYTHON, script, *words], cwd=folder, env=env, **output)
     try:
         deadline = time.monotonic() + START_S
         while not all(map(answers, urls.values())):
@@ -161,9 +153,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 def tasks(*urls: str, reward: StepReward | None = None, **data: Any) -> OpenEnvTasks:
     given = {"train": ["0:3"], "heldout": ["3:4"], "request_timeout_s": 20.0} | data
-    found = registry.of_source(
-        OpenEnvSource("openenv", data=OpenEnvData(servers=list(urls), **given), reward=reward or StepReward())
-    )
+    chosen = OpenEnvData(servers=list(urls), **given)
+    found = registry.of_source(OpenEnvSource("openenv", data=chosen, reward=reward or StepReward()))
     assert isinstance(found, OpenEnvTasks)
     return found
 
@@ -249,21 +240,17 @@ def test_an_environment_that_ignores_the_seed_is_refused(servers: Servers) -> No
 
 
 @needs_packages
-def test_a_session_is_free_when_its_episode_is_over(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_session_is_free_when_its_episode_is_over(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openenv_env, "BACKOFF_S", 0.05)
     task_set = tasks(servers["dice"])
-
-    async def episodes() -> None:
-        environment = first(task_set)
-        await environment.reset()
-        with pytest.raises(EnvironmentFailure, match=r"CAPACITY_REACHED.*raise the server's max_concurrent_envs"):
-            await first(task_set).reset()
-        del environment
-        gc.collect()
-        await asyncio.sleep(0)
+    environment = first(task_set)
+    await environment.reset()
+    with pytest.raises(EnvironmentFailure, match=r"CAPACITY_REACHED.*raise the server's max_concurrent_envs"):
         await first(task_set).reset()
-
-    asyncio.run(episodes())
+    del environment
+    gc.collect()
+    await asyncio.sleep(0)
+    await first(task_set).reset()
 
 
 @needs_packages
@@ -277,7 +264,7 @@ def test_a_server_that_dies_fails_its_episodes_and_the_check(servers: Servers) -
         with pytest.raises(EnvironmentFailure, match=r"closed the connection during a step|broke off"):
             await environment.step("roll")
 
-    asyncio.run(episode())
+    asyncio.run(episode())  # check() has an event loop of its own
     with pytest.raises(ConfigError, match="/ws cannot be opened"):
         task_set.check()
 
@@ -304,7 +291,7 @@ def answer(value: object) -> str:
         ("", r"did not answer a step within 0\.5 s"),
     ],
 )
-def test_answers_of_broken_servers_fail_the_episode(said: str, message: str) -> None:
+async def test_answers_of_broken_servers_fail_the_episode(said: str, message: str) -> None:
     async def socket(request: web.Request) -> web.WebSocketResponse:
         reply = web.WebSocketResponse()
         await reply.prepare(request)
@@ -319,17 +306,14 @@ def test_answers_of_broken_servers_fail_the_episode(said: str, message: str) -> 
     async def schema(request: web.Request) -> web.Response:
         return web.json_response(SCHEMA)
 
-    async def episode() -> None:
-        async with serving(web.get("/ws", socket), web.get("/schema", schema)) as url:
-            source = tasks(url, request_timeout_s=0.5)._source
-            environment = first(OpenEnvTasks(source, 4096))
-            assert await environment.reset() == "ready"
-            with pytest.raises(EnvironmentFailure, match=message):
-                await environment.step("roll")
-            assert environment.outcome() == 0.0
-            await environment._session.close()  # type: ignore[union-attr]
-
-    asyncio.run(episode())
+    async with serving(web.get("/ws", socket), web.get("/schema", schema)) as url:
+        source = tasks(url, request_timeout_s=0.5)._source
+        environment = first(OpenEnvTasks(source, 4096))
+        assert await environment.reset() == "ready"
+        with pytest.raises(EnvironmentFailure, match=message):
+            await environment.step("roll")
+        assert environment.outcome() == 0.0
+        await environment._session.close()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -361,6 +345,9 @@ def test_rows_are_arguments_of_reset(tmp_path: Path) -> None:
     ]
 
 
+AWAY = "http://127.0.0.1:1/n"
+
+
 def test_the_last_object_of_a_reply_counts() -> None:
     assert last_object('{"a": 1} or {"a": {"b": 2}} }') == {"a": {"b": 2}} and last_object("{no") is None
     begun = time.monotonic()
@@ -374,10 +361,7 @@ def test_the_last_object_of_a_reply_counts() -> None:
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        (
-            {"properties": {"n": {"$ref": "http://127.0.0.1:1/n"}}},
-            "refers to 'http://127.0.0.1:1/n', which is not a part",
-        ),
+        ({"properties": {"n": {"$ref": AWAY}}}, f"refers to '{AWAY}', which is not a part"),
         ({"properties": {"n": {"type": "number or so"}}}, "is not a JSON schema"),
         ({"properties": {"n": {"$ref": "#/properties/n"}}}, "refers to itself without end"),
     ],

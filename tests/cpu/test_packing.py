@@ -20,13 +20,8 @@ from icrl_megatron.types import MicroBatch, StepPlan
 @st.composite
 def samples(draw: st.DrawFn, min_size: int = 1) -> list[Whole]:
     """Random samples with distinct ids, log-probs and prompts; some have no loss token."""
-    shapes = draw(
-        st.lists(
-            st.tuples(st.integers(1, 6), st.integers(0, 4), st.lists(st.booleans(), max_size=9)),
-            min_size=min_size,
-            max_size=14,
-        )
-    )
+    shape = st.tuples(st.integers(1, 6), st.integers(0, 4), st.lists(st.booleans(), max_size=9))
+    shapes = draw(st.lists(shape, min_size=min_size, max_size=14))
     made = []
     for i, (prompt, extra, mask) in enumerate(shapes):
         if i == 0:
@@ -99,9 +94,8 @@ def test_layout_changes_neither_loss_tokens_nor_coefficients(items, algo, layout
     random.shuffle(items)
     single = packed(items, algo, micro_batch_tokens=10_000, counted=counted)
     assert len({len(p.updates) for p in replicas}) == 1
-    assert {(p.global_samples, p.global_loss_tokens) for p in replicas} == {
-        (len([s for s in items if s.loss_tokens]) + counted, sum(s.loss_tokens for s in items))
-    }
+    totals = len([s for s in items if s.loss_tokens]) + counted, sum(s.loss_tokens for s in items)
+    assert {(p.global_samples, p.global_loss_tokens) for p in replicas} == {totals}
     shared = 0
     for u, reference in enumerate(single.updates):
         got = sorted(row for p in replicas for batch in p.updates[u] for row in rows(p, batch))
@@ -182,12 +176,8 @@ def one(sample_id: str, prompt: int, mask: tuple[bool, ...], advantage: float = 
 
 def test_packed_example() -> None:
     """Two sequences of 4 and 3 tokens and one padding token; the observation in the first has no loss."""
-    plan = packed(
-        [one("a", 1, (True, False, True)), one("b", 2, (True,), advantage=-2.0)],
-        AlgoSettings(),
-        micro_batch_tokens=100,
-        align=8,
-    )
+    two = [one("a", 1, (True, False, True)), one("b", 2, (True,), advantage=-2.0)]
+    plan = packed(two, AlgoSettings(), micro_batch_tokens=100, align=8)
     (batch,) = plan.updates[0]
     assert batch.tokens_T.tolist() == [1, 10, 11, 12, 1, 1, 10, 0]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]

@@ -70,9 +70,8 @@ def test_page_contains_the_run_and_no_links(finished_run: Path, tmp_path: Path) 
     assert group["transfer"]["mean"]["mean"] == pytest.approx([measured[s] for s in weights["steps"]], abs=1e-3)
     (task,) = group["tasks"]
     assert task["name"] == "rulebook_easy"
-    assert [h["mean"] for h in task["heldout"]] == [
-        r["heldout/critique_free"] for r in rows if "tokens/evaluation" in r
-    ]
+    evaluated = [r["heldout/critique_free"] for r in rows if "tokens/evaluation" in r]
+    assert [h["mean"] for h in task["heldout"]] == evaluated
     assert run["evaluation_tokens"] == sum(r.get("tokens/evaluation", 0) for r in rows) > 0
 
 
@@ -97,10 +96,8 @@ def test_every_run_folder_can_be_reported_on(finished_run: Path, tmp_path: Path)
     baseline = run / "baseline_grpo"  # as `baseline=grpo` leaves it: like a run, without settings
     shutil.copytree(finished_run, baseline, ignore=shutil.ignore_patterns("checkpoints", SAVED_NAME, "warm_start"))
     kept = [run / "settings.yaml", run / "warm_start" / "hf", baseline / "hf"]
-    for folder, label, losses in (
-        (baseline, "rulebook_easy_grpo", 0),
-        (run / "warm_start", "rulebook_easy_warm_start", 1),
-    ):
+    warm = run / "warm_start"
+    for folder, label, losses in ((baseline, "rulebook_easy_grpo", 0), (warm, "rulebook_easy_warm_start", 1)):
         code, out, err = icrl("report", str(folder))
         assert code == 0, err
         assert str(folder / "report.html") in "".join(out.split("\n"))
@@ -127,10 +124,8 @@ def test_page_size_is_bounded(finished_run: Path) -> None:
     assert small.limit == SHORTEST and 0 < len(small.records) < 96
     assert sum(r.episode.generated_tokens() for _, r in small.records) <= 300
     assert len(choose(finished_run, 2.0, PageSize(total_tokens=300), runs=3).records) < len(small.records)
-    rows = [
-        {"step": float(s), "tokens/generated": 10.0, "time/train_s": 1.0, "reward/attempt": 0.5} for s in range(1, 9000)
-    ]
-    long = Measured("long", Settings(), rows)
+    row = {"tokens/generated": 10.0, "time/train_s": 1.0, "reward/attempt": 0.5}
+    long = Measured("long", Settings(), [{"step": float(step), **row} for step in range(1, 9000)])
     data = group_data([long], [0])
     assert len(data["curves"]["step"]["reward/attempt"]["x"]) <= POINTS
     spent = times(long)
@@ -146,16 +141,11 @@ def copied(run: Path, to: Path, **changes: object) -> Path:
 
 
 def test_seeds_of_one_experiment_share_a_curve(finished_run: Path, tmp_path: Path) -> None:
-    seeds = [
-        copied(finished_run, tmp_path / f"icrl_{n}", seed=n, run_dir=str(tmp_path / f"icrl_{n}")) for n in (0, 1, 2)
-    ]
+    folders = [tmp_path / f"icrl_{n}" for n in (0, 1, 2)]
+    seeds = [copied(finished_run, folder, seed=n, run_dir=str(folder)) for n, folder in enumerate(folders)]
     other = copied(finished_run, tmp_path / "again", optim=OptimSettings(learning_rate=1e-5))
-    rows = (
-        (seeds[1] / METRICS_FILE)
-        .read_text()
-        .replace('"success/source/rulebook_easy": ', '"success/source/rulebook_easy": 1e-9, "x": ')
-    )
-    (seeds[1] / METRICS_FILE).write_text(rows)
+    metrics, success = seeds[1] / METRICS_FILE, '"success/source/rulebook_easy": '
+    metrics.write_text(metrics.read_text().replace(success, f'{success}1e-9, "x": '))
     out = write_page([*seeds, other], tmp_path / "page.html", PageSize(episodes=4))
     data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])  # type: ignore[index]
     assert [(g["label"], g["seeds"], g["runs"]) for g in data["groups"]] == [

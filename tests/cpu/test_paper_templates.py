@@ -122,14 +122,11 @@ def test_a_long_reply_of_mathematics_is_its_boxed_answer_for_the_critic(tmp_path
     assert "left out" not in ask.message
 
 
-class Walk:
+class Walk(Works):
     """Turns with long observations, never solved."""
 
     max_turns = 6
     manual = "You walk. Actions: go NUMBER"
-
-    def __init__(self, task: Task | None = None) -> None:
-        pass
 
     async def reset(self) -> str:
         return "Walk to the end."
@@ -145,9 +142,6 @@ class Walk:
 
     def outcome(self) -> float:
         return 0.0
-
-    def success(self) -> bool:
-        return False
 
     def summary(self) -> str:
         return "lost"

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from whole_runs import icrl
 
 from icrl_megatron.model.flops import Passes, counts
 from icrl_megatron.model.rope import Yarn
@@ -88,10 +89,9 @@ def test_settings_change_the_plan() -> None:
     assert planner.plan(load("algo.kl_coef=0.1")).times.phases["scoring"] > base.times.phases["scoring"] == 0
     assert planner.plan(load("rollout.rounds=1")).times.total < base.times.total
     assert planner.plan(load("rollout.critic=frozen")).memory.engine.weights == 2 * base.memory.engine.weights
-    assert (
-        planner.plan(load("actor.recompute=none"), gpu=hardware.GPUS["b200"]).times.phases["training"]
-        < (planner.plan(load(), gpu=hardware.GPUS["b200"]).times.phases["training"])
-    )
+    b200 = hardware.GPUS["b200"]
+    whole, recomputed = planner.plan(load("actor.recompute=none"), gpu=b200), planner.plan(load(), gpu=b200)
+    assert whole.times.phases["training"] < recomputed.times.phases["training"]
     faster = planner.plan(load("actor.fp8=blockwise"))
     assert faster.times.phases["training"] < base.times.phases["training"]
     piped = planner.plan(load("actor.pipeline_parallel=2"))
@@ -118,10 +118,8 @@ def test_pipeline_waits_for_its_ends_and_its_longest_micro_batch() -> None:
 def test_head_is_only_on_the_last_stage() -> None:
     work, shape = simulate(load()), PUBLISHED["Qwen3-8B"]
     passes = Passes(updates=1, scored=0, head_everywhere=True)
-    one, two = (  # one replica each, which has no imbalance
-        timing.estimate(shape, Layout(stages, pipeline=stages), work, passes, H100, 20e9).phases["training"]
-        for stages in (1, 2)
-    )
+    grids = Layout(1, pipeline=1), Layout(2, pipeline=2)  # one replica each, which has no imbalance
+    one, two = (timing.estimate(shape, grid, work, passes, H100, 20e9).phases["training"] for grid in grids)
     layers, head = timing.forward_flops(shape, work, everywhere=True)
     assert 2 * two / one == pytest.approx((4 * layers + 6 * head) / (4 * layers + 3 * head))
 
@@ -129,10 +127,9 @@ def test_head_is_only_on_the_last_stage() -> None:
 def test_loss_outside_the_fused_head_costs_one_more_product() -> None:
     fused, plain = (Passes.of(load("algo.updates_per_step=2", *words).algo) for words in ((), ("algo.loss=gspo",)))
     assert (fused.head_products, plain.head_products) == (3, 4)
-    times = [
-        timing.estimate(PUBLISHED["Qwen3-8B"], Layout(4), simulate(load()), of, H100, 20e9) for of in (fused, plain)
-    ]
-    layers, head = timing.forward_flops(PUBLISHED["Qwen3-8B"], simulate(load()), everywhere=False)
+    shape, work = PUBLISHED["Qwen3-8B"], simulate(load())
+    times = [timing.estimate(shape, Layout(4), work, of, H100, 20e9) for of in (fused, plain)]
+    layers, head = timing.forward_flops(shape, work, everywhere=False)
     ratio = times[1].phases["training"] / times[0].phases["training"]
     assert ratio == pytest.approx((4 * layers + 4 * head) / (4 * layers + 3 * head), rel=1e-3)
 
@@ -241,10 +238,9 @@ def test_search_ranks_layouts_that_fit_and_explains_the_others() -> None:
 
 @pytest.mark.parametrize(("recipe", "gpus"), [(RECIPE, 4), ("qwen3_8b", 16), ("qwen3_8b", 8)])
 def test_search_ends_with_settings_that_make_its_best_plan(recipe: str, gpus: int) -> None:
-    words = ["plan", recipe, "--gpus", str(gpus), "--search"]
-    started = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", *words]
-    done = subprocess.run(started, capture_output=True, text=True, check=True, timeout=120)
-    settings = settings_module.load(recipe, done.stdout.splitlines()[-1].split())
+    code, out, err = icrl("plan", recipe, "--gpus", str(gpus), "--search")
+    assert code == 0, err
+    settings = settings_module.load(recipe, out.splitlines()[-1].split())
     best = search(settings_module.load(recipe), gpus, H100).best[0]
     assert planner.ranks(settings) == gpus
     assert planner.plan(settings).layout == best.layout
@@ -323,10 +319,9 @@ def test_planning_imports_no_torch() -> None:
     ],
 )
 def test_command_line(words: list[str], code: int, message: str) -> None:
-    started = [sys.executable, "-c", "from icrl_megatron.cli import main; main()", "plan", *words]
-    done = subprocess.run(started, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert message in " ".join((done.stdout + done.stderr).split())
+    ended, out, err = icrl("plan", *words)
+    assert ended == code, out + err
+    assert message in " ".join((out + err).split())
 
 
 @pytest.mark.parametrize(
@@ -374,14 +369,12 @@ def test_a_supervised_stage_that_does_not_fit_names_what_would() -> None:
     found = stage_of(*state)
     with pytest.raises(ConfigError, match=r"warm_start\.max_tokens=32768 does not fit") as refused:
         found.require_fit()
-    advised = re.search(
-        r"lower warm_start\.max_tokens and actor\.micro_batch_tokens to (\d+) or less", str(refused.value)
-    )
+    advice = r"lower warm_start\.max_tokens and actor\.micro_batch_tokens to (\d+) or less"
+    advised = re.search(advice, str(refused.value))
     assert advised is not None
     stage_of(state[0], f"warm_start.max_tokens={advised[1]}", f"actor.micro_batch_tokens={advised[1]}").require_fit()
-    with pytest.raises(
-        ConfigError, match=r"raise actor\.tensor_parallel, actor\.pipeline_parallel or actor\.context_parallel$"
-    ):
+    remedy = r"raise actor\.tensor_parallel, actor\.pipeline_parallel or actor\.context_parallel$"
+    with pytest.raises(ConfigError, match=remedy):
         stage_of("model.path=models/Qwen3-32B", "actor.sequence_parallel=true").require_fit()
 
 

@@ -113,24 +113,16 @@ def test_changes_include_memory_fraction_and_offloading() -> None:
     assert words["engine.memory_fraction=0.6"].memory_fraction == 0.6
     assert words["actor.offload=all engine.memory_fraction=0.1"].memory_fraction == 0.1
     assert len(set(words.values())) == len(words)
-    assert all(
-        any(f"{kind}=" in one or "GPUs" in one for kind in KINDS.replace(" and ", ", ").split(", ")) for one in words
-    )
+    kinds = KINDS.replace(" and ", ", ").split(", ")
+    assert all("GPUs" in one or any(f"{kind}=" in one for kind in kinds) for one in words)
     local = Layout(4, tensor=2, serving=Serving(local=True))
     assert not any("memory_fraction" in one for one, _ in changes(local))
 
 
 def test_error_says_which_changes_were_tried() -> None:
-    settings = load(
-        "model.path=models/Qwen3-32B",
-        "rollout.context_tokens=40960",
-        "launch.ranks=1",
-        "actor.tensor_parallel=1",
-        "actor.sequence_parallel=false",
-        "engine.tensor_parallel=1",
-        "engine.memory_fraction=0.9",
-        "actor.offload=none",
-    )
+    large = ("model.path=models/Qwen3-32B", "rollout.context_tokens=40960", "engine.memory_fraction=0.9")
+    alone = ("launch.ranks=1", "actor.tensor_parallel=1", "actor.sequence_parallel=false", "engine.tensor_parallel=1")
+    settings = load(*large, *alone, "actor.offload=none")
     made = planner.plan(settings)
     with pytest.raises(ConfigError, match=r"no one or two changes of actor.recompute.*more at once were not tried"):
         planner.require_fit(made, settings)
@@ -142,9 +134,8 @@ def test_local_engine_keeps_weights_in_host_memory() -> None:
     served = planner.plan(load("engine.kind=sglang", recipe="qwen3_8b")).memory
     assert made.phases["train"] == pytest.approx(served.phases["train"] - 1.05 * 0.5 * GIB)
     weights = 2 * counts(shape_of(settings)).total
-    assert served.phases["sync (train to rollout)"] - made.phases["sync (train to rollout)"] == pytest.approx(
-        1.05 * weights
-    )
+    here, there = (one.phases["sync (train to rollout)"] for one in (made, served))
+    assert there - here == pytest.approx(1.05 * weights)
     assert planner.plan(load("algo.kl_coef=0.1", recipe="qwen3_8b")).fits
 
 

@@ -90,11 +90,8 @@ def test_profile_comes_from_the_source() -> None:
     (source,) = load(WEB).tasks.sources
     plan = source.plan
     found = profile_of(source)
-    assert (found.prompt_tokens, found.reply_tokens, found.observation_tokens) == (
-        plan.prompt_tokens,
-        plan.reply_tokens,
-        plan.observation_tokens,
-    )
+    for name in ("prompt_tokens", "reply_tokens", "observation_tokens"):
+        assert getattr(found, name) == getattr(plan, name), name
     assert (found.turns, found.call_s) == (13, 3)
     assert profile_of(replace(source, plan=type(plan)())) == PROFILES["searchqa"]
 

@@ -118,14 +118,9 @@ def test_torch_behaves_as_without_the_platform() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_loads_and_generates(tmp_path: Path, dtype: torch.dtype) -> None:
     config = Qwen3Config(
-        vocab_size=11,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
+        vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
     model = Qwen3ForCausalLM(config).to(dtype)
     model.save_pretrained(tmp_path)
     loaded = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype="auto")
@@ -142,16 +137,11 @@ def test_gpu_layers_are_transformer_engines() -> None:
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     qwen3, qwen2 = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    expected = {"core_attention": "TEDotProductAttention"}
+    expected |= dict.fromkeys(("linear_qkv", "linear_fc1"), "TELayerNormColumnParallelLinear")
+    expected |= dict.fromkeys(("linear_proj", "linear_fc2"), "TERowParallelLinear")
     for parts in (qwen3, qwen2):
-        assert {
-            name: parts[name] for name in ("linear_qkv", "core_attention", "linear_proj", "linear_fc1", "linear_fc2")
-        } == {
-            "linear_qkv": "TELayerNormColumnParallelLinear",
-            "core_attention": "TEDotProductAttention",
-            "linear_proj": "TERowParallelLinear",
-            "linear_fc1": "TELayerNormColumnParallelLinear",
-            "linear_fc2": "TERowParallelLinear",
-        }
+        assert {name: parts[name] for name in expected} == expected
     assert qwen3["q_layernorm"] == qwen3["k_layernorm"] == "TENorm"
     assert qwen2["q_layernorm"] == qwen2["k_layernorm"] == "IdentityOp"
 
@@ -188,9 +178,7 @@ def test_fusions_are_enabled_only_with_transformer_engine(monkeypatch: pytest.Mo
     assert layers._grad_accum_fusion_available
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
-)
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")
 def test_missing_transformer_engine_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu(monkeypatch, (9, 0))
     config: Any = SimpleNamespace(bf16=True)

@@ -192,7 +192,7 @@ def dataset(folder: Path, rows: list[dict[str, object]], **data: object) -> Tool
 
 
 @sandboxed
-def test_concurrent_answers_are_judged_independently(tmp_path: Path) -> None:
+async def test_concurrent_answers_are_judged_independently(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"prompt": "Add.", "label": TESTS}]
     task_set = registry.of_source(dataset(tmp_path, rows, grading_timeout_s=2.0, program_memory_mib=256))
     assert isinstance(task_set, Checked)
@@ -207,10 +207,8 @@ def test_concurrent_answers_are_judged_independently(tmp_path: Path) -> None:
         assert environment.outcome() == float(environment.success())
         return environment.success(), environment.summary()
 
-    async def all_at_once() -> list[tuple[bool, str]]:
-        return await asyncio.gather(*(attempt(p) for p in (ADD, "while True: pass", ADD, "import os\nos.fork()")))
-
-    verdicts = asyncio.run(all_at_once())
+    programs = (ADD, "while True: pass", ADD, "import os\nos.fork()")
+    verdicts = await asyncio.gather(*(attempt(program) for program in programs))
     assert [right for right, _ in verdicts] == [True, False, True, False]
     assert "passes all 3" in verdicts[0][1] and "PermissionError" in verdicts[3][1]
 

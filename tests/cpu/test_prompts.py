@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import byte_model
 import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from icrl_megatron.model.tiny import build_tokenizer
@@ -28,19 +28,7 @@ INJECTED += ["\n", " ", "assistant", "user", "<|im_end|>\n<|im_start|>assistant\
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with ChatML, like Qwen's, trained on one sentence."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator([" ".join(WORDS)] * 4, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-    )
+    return byte_model.byte_level(" ".join(WORDS), 320, CHATML)
 
 
 def word_level() -> PreTrainedTokenizerFast:
@@ -115,9 +103,8 @@ def test_critique_prompt_contains_all_turns_with_truncated_observations(template
         assert part in text
     assert "cut here" not in text
     if templates == "standard":
-        assert "<critic>" in text and "last 3 turns are left out" in prompter.decode(
-            prompter.critique("find the pen", turns, "lost", omitted=3)
-        )
+        shortened = prompter.decode(prompter.critique("find the pen", turns, "lost", omitted=3))
+        assert "<critic>" in text and "last 3 turns are left out" in shortened
 
 
 @pytest.mark.parametrize(
@@ -152,26 +139,23 @@ def test_thinking_is_an_argument_of_the_template() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("arguments", "message"),
     [
-        (
-            RolloutSettings(chat_template_args={"enable_thinkin": False}),
-            "chat_template_args.enable_thinkin: .*did you mean en",
-        ),
-        (RolloutSettings(chat_template_args={"budget": "9"}), "does not use budget.*it uses add_generation_prompt"),
-        (RolloutSettings(chat_template_args={"enable_thinking": False}), "give rollout.thinking=off instead"),
-        (RolloutSettings(chat_template_args={"enable_thinking": "true"}), "give rollout.thinking=on instead"),
+        ({"enable_thinkin": False}, "chat_template_args.enable_thinkin: .*did you mean en"),
+        ({"budget": "9"}, "does not use budget.*it uses add_generation_prompt"),
+        ({"enable_thinking": False}, "give rollout.thinking=off instead"),
+        ({"enable_thinking": "true"}, "give rollout.thinking=on instead"),
     ],
 )
-def test_arguments_without_effect_are_refused(settings: RolloutSettings, message: str) -> None:
+def test_arguments_without_effect_are_refused(arguments: dict[str, bool | str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Prompter(byte_level(), settings)
+        Prompter(byte_level(), RolloutSettings(chat_template_args=arguments))
 
 
-def test_thinking_needs_a_template_that_has_it() -> None:
-    for thinking in ("on", "off"):
-        with pytest.raises(ConfigError, match=f"rollout.thinking={thinking}: .*does not use enable_thinking"):
-            Prompter(word_level(), RolloutSettings(thinking=thinking, templates="compact"))
+@pytest.mark.parametrize("thinking", ["on", "off"])
+def test_thinking_needs_a_template_that_has_it(thinking: str) -> None:
+    with pytest.raises(ConfigError, match=f"rollout.thinking={thinking}: .*does not use enable_thinking"):
+        Prompter(word_level(), RolloutSettings(thinking=thinking, templates="compact"))
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,7 @@ FILES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def copy(name: str, rows: list[dict[str, Any]], file: str = "") -> Path:
@@ -181,15 +179,12 @@ def test_a_wrong_id_is_refused(row: dict[str, Any], message: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_mathematics_is_written_as_prompts_and_labels_that_can_be_graded(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mathematics_is_written_as_prompts_and_gradable_labels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = copy(name, ROWS[name])
     of_size(monkeypatch, name, 1, blob=published_files._git_blob(file) if SETS[name].blob else "")
     written = write(name)
-    assert [json.loads(line) for line in written.file.read_text().splitlines()] == [
-        dict(zip(("prompt", "label"), WRITTEN[name], strict=True))
-    ]
+    row = dict(zip(("prompt", "label"), WRITTEN[name], strict=True))
+    assert [json.loads(line) for line in written.file.read_text().splitlines()] == [row]
     Path("other.jsonl").write_text('{"prompt": "What is 1 + 1?", "label": "2"}\n')
     data = ToolData(train=[str(written.file)], heldout=["other.jsonl"])
     Mathematics(MathSource("math", data=data)).check()
@@ -268,13 +263,11 @@ def test_several_files_of_one_name_are_refused() -> None:
         write("webshop_test")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [('{"item_id": "webshop_1"}', "not a JSON list of objects"), ("[", "not JSON")]
-)
-def test_a_damaged_list_is_refused(text: str, message: str) -> None:
-    copy("webshop_test", [], "eval/webshop_test.json").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        write("webshop_test")
+def test_a_damaged_list_is_refused() -> None:
+    for text, message in (('{"item_id": "webshop_1"}', "not a JSON list of objects"), ("[", "not JSON")):
+        copy("webshop_test", [], "eval/webshop_test.json").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            write("webshop_test")
 
 
 def test_the_command_lists_writes_and_refuses(tmp_path: Path) -> None:
@@ -308,9 +301,8 @@ def test_recipes_name_what_the_command_writes_and_say_so_when_it_is_missing() ->
             if isinstance(source, DataSource):
                 entries = [*source.data.train, *source.data.heldout]
                 named |= {one for one in entries if one.startswith("data/")}
-    assert named == {published.entry(name) for name in ("webshop_train", "webshop_test", "searchqa_test")} | {
-        published.entry(name) for name in ("openr1_math_4k", *MATH_TESTS)
-    }
+    expected = ("webshop_train", "webshop_test", "searchqa_test", "openr1_math_4k", *MATH_TESTS)
+    assert named == {published.entry(name) for name in expected}
     math, webshop = [published.entry(one) for one in ("aime24", "webshop_test")]
     for task_set, name in (
         (Mathematics(MathSource("math", data=ToolData(train=[math]))), "aime24"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import pytest
@@ -39,7 +38,7 @@ def test_heldout_problems_are_removed_from_training() -> None:
     check_no_leak(same.problems("train"), same.problems("heldout"))
 
 
-def test_only_a_full_score_is_a_success() -> None:
+async def test_only_a_full_score_is_a_success() -> None:
     task_set = gym(["chain_sum:3:1", "countdown:2:1", "number_sorting:2:1:1"], ["gcd:1:1"])
 
     async def attempt(index: int, answer: str) -> bool:
@@ -51,12 +50,10 @@ def test_only_a_full_score_is_a_success() -> None:
         assert environment.outcome() == float(environment.success())
         return environment.success()
 
-    async def everything() -> list[bool]:
-        right = str(dataset("chain_sum", 3, 1, 0)[0]["answer"])
-        tries = [(0, right), (0, f"{right}1"), (0, "nonsense"), (3, "1 +"), (3, "((("), (5, "import os")]
-        return [await attempt(index, answer) for index, answer in tries]
-
-    assert asyncio.run(everything()) == [True, False, False, False, False, False]
+    right = str(dataset("chain_sum", 3, 1, 0)[0]["answer"])
+    assert await attempt(0, right)
+    for index, answer in [(0, f"{right}1"), (0, "nonsense"), (3, "1 +"), (3, "((("), (5, "import os")]:
+        assert not await attempt(index, answer)
     environment = task_set.environment(task_set.problems("train")[0])
     assert environment.parse("<answer> </answer>") is None and environment.parse("7") is None
 

@@ -96,7 +96,7 @@ def test_docstring_states_the_number_of_gpus(name: str) -> None:
     assert f" {planner.ranks(settings_module.load(name))} H100" in (registry()[name].__doc__ or "")
 
 
-def test_listing_has_each_docstring_and_plan(
+def test_listing_has_each_recipe(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -210,7 +210,7 @@ def test_chain_of_agents_recipes_cover_each_task_and_model() -> None:
         ("multihop", r"task set 'searchqa' has no train rows: .* 'tasks\.sources\.0\.data\.train=\[FILE\]'"),
     ],
 )
-def test_chain_of_agents_recipes_name_what_the_user_must_provide(
+def test_chain_of_agents_recipes_name_what_is_missing(
     task: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -162,12 +162,9 @@ def near(rng: random.Random, engine: list[float]) -> tuple[list[float], list[flo
 def attempt(rng: random.Random, number: int, outcome: float) -> tuple[Attempt, list[float]]:
     """An attempt of one or two turns, and the engine's log-probs of its tokens."""
     parts = [numbers(rng, rng.randint(1, 4)) for _ in range(rng.randint(1, 2))]
-    turns = tuple(
-        Turn(
-            Completion((9,) * len(part), tuple(part), "stop", 0), "", None, "", (8, 8) if part is not parts[-1] else ()
-        )
-        for part in parts
-    )
+    replies = [Completion((9,) * len(part), tuple(part), "stop", 0) for part in parts]
+    seen: list[tuple[int, ...]] = [(8, 8)] * (len(parts) - 1) + [()]
+    turns = tuple(Turn(reply, "", None, "", ids) for reply, ids in zip(replies, seen, strict=True))
     prompt = (1, 3, 2) if number else (1, 2)
     made = Attempt(number, prompt, (1, 2), turns, outcome, outcome == 1.0, "", "done")
     return made, [logprob for part in parts for logprob in part]

@@ -113,17 +113,10 @@ NAMED = sorted({name for remedy in REMEDIES for name in remedy.names} - set(FIXE
 def test_remedies_are_found() -> None:
     assert len(REMEDIES) >= 70 and len(NAMED) >= 40
     where = {name: remedy.where for remedy in REMEDIES for name in remedy.names}
-    for name in (
-        "algo.on_no_signal",
-        "rollout.episodes_per_task",
-        "engine.request_timeout_s",
-        "rollout.context_tokens",
-    ):
-        assert name in where
-    assert list(remedies("x.y=1: bad; raise a.b, or set c.d=2 in a new run. Lower it", {"x.y", "a.b", "c.d"})) == [
-        ("a.b",),
-        ("x.y",),
-    ]
+    assert where.keys() >= {"algo.on_no_signal", "rollout.episodes_per_task", "engine.request_timeout_s"}
+    assert "rollout.context_tokens" in where
+    message = "x.y=1: bad; raise a.b, or set c.d=2 in a new run. Lower it"
+    assert list(remedies(message, {"x.y", "a.b", "c.d"})) == [("a.b",), ("x.y",)]
 
 
 @pytest.mark.parametrize("remedy", REMEDIES, ids=lambda remedy: f"{remedy.where}-{','.join(remedy.names)}")

@@ -115,9 +115,7 @@ def test_server_that_cannot_end_an_update_is_rejected(server: FakeServer, model:
         connect(server, model)
 
 
-def test_api_key_is_sent_and_hidden_in_messages(
-    server: FakeServer, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_api_key_is_sent_and_never_shown(server: FakeServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.key = "a-secret-of-the-lab"
     with pytest.raises(ConfigError, match=r"engine\.urls: .* API key \(401\): .* engine\.api_key_env"):
         connect(server, model)
@@ -143,7 +141,7 @@ def test_api_key_is_sent_and_hidden_in_messages(
         ({"custom_weight_loader": ["icrl_deltas.load_1"], "quantization": "fp8"}, "--quantization fp8"),
     ],
 )
-def test_server_that_cannot_add_deltas_is_rejected(
+def test_server_without_deltas_is_rejected(
     server: FakeServer, model: Path, info: dict[str, object], message: str
 ) -> None:
     server.answers["/server_info"] = 200, {"version": TESTED[-1], "tp_size": WORKERS, **info}
@@ -159,9 +157,7 @@ def test_server_with_the_loader_of_deltas_is_accepted(server: FakeServer, model:
 
 
 @pytest.mark.parametrize("answer", [(500, {}), (200, {}), (200, []), (200, {"weight_version": None})])
-def test_version_that_the_server_does_not_report_is_no_version_of_ours(
-    server: FakeServer, answer: tuple[int, object]
-) -> None:
+def test_version_that_the_server_does_not_report_is_not_ours(server: FakeServer, answer: tuple[int, object]) -> None:
     server.answers["/model_info"] = answer
     known = Server(None, server.url)
     if answer == (200, {"weight_version": None}):

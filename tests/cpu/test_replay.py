@@ -22,7 +22,7 @@ from icrl_megatron.data.sampler import TaskSampler
 from icrl_megatron.engines.protocol import EngineStats
 from icrl_megatron.engines.rank import Share
 from icrl_megatron.model.tiny import build_tokenizer
-from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_all
+from icrl_megatron.rollout.episode import EpisodeSetup, play_all
 from icrl_megatron.rollout.groups import Groups, split_tasks
 from icrl_megatron.rollout.journal import Journal
 from icrl_megatron.rollout.played import RolloutRequest
@@ -76,49 +76,33 @@ def record(replay_log: ReplayLog, stop: Stop, *replies: Completion) -> tuple[Scr
     return speaker, recorded(Speakers(speaker, speaker), replay_log, stop, lambda ids, stop: ids)
 
 
-def test_interrupted_reply_resumes_and_keeps_its_logprobs() -> None:
+async def test_interrupted_reply_resumes_and_keeps_its_logprobs() -> None:
     replay_log, stop = ReplayLog(), Stop()
     _, speakers = record(replay_log, stop, said(1, 2), said(3, reason="abort"))
-
-    async def cut() -> None:
-        await speakers.solver.reply(ask([9]))
-        stop.asked = True  # as if this happened while the next reply is generated
-        replay_log.replies.append(Logged.of((9, 1, 2, 8), said(3, reason="abort")))
-
-    asyncio.run(cut())
+    await speakers.solver.reply(ask([9]))
+    stop.asked = True  # as if this happened while the next reply is generated
+    replay_log.replies.append(Logged.of((9, 1, 2, 8), said(3, reason="abort")))
     speaker, again = record(replay_log, Stop(), said(4, 5, version=2))
-
-    async def go_on() -> list[Completion]:
-        return [await again.solver.reply(ask([9])), await again.critic.reply(ask([9, 1, 2, 8]))]
-
-    whole, joined = asyncio.run(go_on())
-    assert whole.ids.tolist() == [1, 2]
+    assert (await again.solver.reply(ask([9]))).ids.tolist() == [1, 2]
+    joined = await again.critic.reply(ask([9, 1, 2, 8]))
     assert joined == Completion((3, 4, 5), (-3.0, -4.0, -5.0), "stop", 2, ((1, 1),))
     assert [(a.prompt_ids, a.max_new_tokens) for a in speaker.asked] == [((9, 1, 2, 8, 3), 9)]
 
 
-def test_after_a_stop_no_request_is_sent_and_replies_are_kept() -> None:
+async def test_after_a_stop_no_request_is_sent_and_replies_are_kept() -> None:
     replay_log = ReplayLog([Logged.of((9,), said(1)), Logged.of((9, 1), said(2, reason="abort"))])
     speaker, speakers = record(replay_log, Stop(asked=True))
-
-    async def play() -> None:
+    with pytest.raises(InterruptedEpisodeError):
         await speakers.solver.reply(ask([9]))
         await speakers.solver.reply(ask([9, 1]))
-
-    with pytest.raises(InterruptedEpisodeError):
-        asyncio.run(play())
     assert speaker.asked == []
     assert [r.completion.ids.tolist() for r in replay_log.replies] == [[1], [2]]
 
 
-def test_different_observation_discards_the_rest_of_a_replay_log() -> None:
+async def test_different_observation_discards_the_rest_of_a_replay_log() -> None:
     replay_log = ReplayLog([Logged.of((9,), said(1)), Logged.of((9, 1, 7), said(2))])
     _, speakers = record(replay_log, Stop(), said(5))
-
-    async def play() -> list[list[int]]:
-        return [(await speakers.solver.reply(ask(p))).ids.tolist() for p in ([9], [9, 1, 6])]
-
-    assert asyncio.run(play()) == [[1], [5]]
+    assert [(await speakers.solver.reply(ask(p))).ids.tolist() for p in ([9], [9, 1, 6])] == [[1], [5]]
     assert replay_log.replies == [Logged.of((9,), said(1)), Logged.of((9, 1, 6), said(5))]
 
 
@@ -153,23 +137,18 @@ class Slow:
         return Completion(ids, (-1.0,) * len(ids), "stop", 1)
 
 
-def test_step_with_enough_groups_keeps_slow_episodes_for_the_next(setup: EpisodeSetup) -> None:
+async def test_step_with_enough_groups_keeps_slow_episodes_for_the_next(setup: EpisodeSetup) -> None:
     tasks = list(registry.get("household").problems("train"))[:3]
     groups = Groups(tasks, 2, needed=2)
 
-    async def play() -> list[Ended]:
-        def speakers_of(task: object, index: int) -> Speakers:
-            speaker = Slow(setup.prompter, slow=task == tasks[0])
-            return Speakers(speaker, speaker)
+    def speakers_of(task: object, index: int) -> Speakers:
+        speaker = Slow(setup.prompter, slow=task == tasks[0])
+        return Speakers(speaker, speaker)
 
-        groups.begin(lambda: None)
-        results = await play_all(
-            groups.pairs(), setup, groups.recorded(speakers_of, setup.prompter.before_stop), SEEDS, groups.ended
-        )
-        await groups.wait_for_interruption()
-        return results
-
-    results = asyncio.run(play())
+    groups.begin(lambda: None)
+    speakers = groups.recorded(speakers_of, setup.prompter.before_stop)
+    results = await play_all(groups.pairs(), setup, speakers, SEEDS, groups.ended)
+    await groups.wait_for_interruption()
     assert [isinstance(r, UnplayedEpisode) for r in results] == [True, True, False, False, False, False]
     assert {e.task for e in groups.complete()} == set(tasks[1:])
     assert groups.discarded() == 2
@@ -180,19 +159,11 @@ def test_step_with_enough_groups_keeps_slow_episodes_for_the_next(setup: Episode
     (mine,) = split_tasks(tasks[1:], [list(kept)])
     assert mine == [tasks[0], tasks[1]]
     after = Groups(mine, 2, 2, kept)
-
-    async def go_on() -> list[Ended]:
-        speaker = Slow(setup.prompter)
-        after.begin(lambda: None)
-        return await play_all(
-            after.pairs(),
-            setup,
-            after.recorded(lambda t, i: Speakers(speaker, speaker), setup.prompter.before_stop),
-            SEEDS,
-            after.ended,
-        )
-
-    resumed = [r for r in asyncio.run(go_on()) if isinstance(r, Episode) and r.task == tasks[0]]
+    speaker = Slow(setup.prompter)
+    after.begin(lambda: None)
+    speakers = after.recorded(lambda t, i: Speakers(speaker, speaker), setup.prompter.before_stop)
+    results = await play_all(after.pairs(), setup, speakers, SEEDS, after.ended)
+    resumed = [r for r in results if isinstance(r, Episode) and r.task == tasks[0]]
     assert [r.attempts[0].turns[1].completion.older for r in resumed] == [((1, 1),), ((1, 1),)]
 
 
@@ -228,9 +199,8 @@ def test_separate_critic_is_interrupted_too(setup: EpisodeSetup) -> None:
 def test_replay_logs_round_trip_as_text() -> None:
     task = Task("household/train/1", "household", "train", '{"goal": "ü"}')
     joined = Completion((3, 4), (-0.1, -2.5), "abort", 2, ((1, 1),))
-    replay_logs = {
-        task: {0: ReplayLog([Logged.of((9, 8), said(1, 2)), Logged.of((9, 8, 1, 2), joined)]), 3: ReplayLog()}
-    }
+    first = ReplayLog([Logged.of((9, 8), said(1, 2)), Logged.of((9, 8, 1, 2), joined)])
+    replay_logs = {task: {0: first, 3: ReplayLog()}}
     assert from_lines(to_lines(replay_logs)) == replay_logs
     assert tokens(replay_logs) == 4
 

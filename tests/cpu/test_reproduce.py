@@ -96,10 +96,8 @@ def test_every_cell_resolves_is_valid_and_fits(recipe: str, place: Path, monkeyp
 def test_cells_share_runs_and_evaluations(tmp_path: Path) -> None:
     one = asked(tmp_path, "agentic-icrl-8b-alfworld", "rounds-icrl-8b-alfworld-*", "critic-itself-8b-alfworld-*")
     assert len(one.cells) == 6
-    assert [phase.name for phase in one.phases()] == [
-        "qwen3_8b_alfworld_4xh100_0",
-        "qwen3_8b_alfworld_4xh100_0_rounds3",
-    ]
+    name = "qwen3_8b_alfworld_4xh100_0"
+    assert [phase.name for phase in one.phases()] == [name, f"{name}_rounds3"]
     every = Reproduction(tuple(CELLS.values()), (0, 1), tmp_path, critic="http://critic:30000/v1")
     assert len(every.runs()) == 2 * len(RECIPES)
     names = [phase.name for phase in every.phases()]
@@ -165,9 +163,7 @@ def test_a_subset_is_read_by_its_name(tmp_path: Path) -> None:
     assert values == {"searchqa": 90.0, "searchqa-musique": 10.0, "minerva": 20.0, **absent}
 
 
-def test_data_is_described_with_its_checksum_or_how_to_get_it(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_has_its_checksum_or_how_to_get_it(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     train, test = described("qwen3_8b_webshop_4xh100").data
     assert train.entry == "data/webshop_train.jsonl"
@@ -180,9 +176,7 @@ def test_data_is_described_with_its_checksum_or_how_to_get_it(
     assert run.gpus == 8 and 0 < run.peak_gib < 80 and run.gpu_hours > 1
 
 
-def test_the_list_has_every_cell_with_what_it_needs(
-    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_list_has_each_cell_and_its_needs(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(place)
     cells = chosen(["critic-*", "ablation-icrl-8b-all", "rounds-icrl-8b-math-third"])
     train, evaluation = asked(tmp_path, "critic-itself-8b-webshop-tokens").phases()
@@ -231,7 +225,7 @@ def test_the_list_is_printed_in_80_columns(place: Path, monkeypatch: pytest.Monk
         (["math-icrl-8b-amc23", "actor.tensor_parallel=3"], r"does not divide"),
     ],
 )
-def test_mistakes_are_refused_before_anything_runs(
+def test_mistakes_are_refused_at_once(
     words: list[str], message: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
@@ -292,9 +286,7 @@ def test_jobs_are_runs_and_evaluations_that_wait_for_them(tmp_path: Path) -> Non
     assert [job.name for job in left] == [second.name, other.name, last.name] and left[0].after == ()
 
 
-def test_submitting_without_slurm_or_outside_the_checkout_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_submitting_needs_slurm_and_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     some = asked(tmp_path, "math-icrl-8b-average")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no sbatch here"):

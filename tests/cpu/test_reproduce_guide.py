@@ -97,11 +97,8 @@ def test_published_trajectories_call_our_tools_after_the_renaming(tmp_path: Path
     (renaming,) = re.findall(r"^(sed .+) web\.json code\.json hop\.json$", PAGE, re.MULTILINE)
     tags = {"web": ["web_search", "crawl_page"], "code": ["code"], "hop": ["wiki_search"]}[name]
     calls = "".join(f"<{tag}>x</{tag}><observation>y</observation>" for tag in tags)
-    row = {
-        "instruction": f"Use {', '.join(tags)}.",
-        "input": "",
-        "output": f"<think>a</think>{calls}<answer>z</answer>",
-    }
+    output = f"<think>a</think>{calls}<answer>z</answer>"
+    row = {"instruction": f"Use {', '.join(tags)}.", "input": "", "output": output}
     file = tmp_path / f"{name}.json"
     file.write_text(json.dumps([row]))
     subprocess.run([*shlex.split(renaming), str(file)], check=True, timeout=60)

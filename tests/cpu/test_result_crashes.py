@@ -36,11 +36,8 @@ for number in range(first, 10**9):
 def test_writer_killed_at_any_time_leaves_a_complete_result(mode: str, tmp_path: Path) -> None:
     target, appeared = tmp_path / "out", False
     for killed in range(8):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITES_REPEATEDLY, str(target), str(killed + 1), mode],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, "-c", WRITES_REPEATEDLY, str(target), str(killed + 1), mode]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         time.sleep(0.03 + 0.023 * killed)
         process.send_signal(signal.SIGKILL)
@@ -89,10 +86,9 @@ def test_old_result_is_restored_after_a_crash_between_renames(tmp_path: Path) ->
 def held(tmp_path: Path) -> Iterator[Path]:
     """A target that a running process is writing."""
     program = WRITES_REPEATEDLY.replace('for name in ("a", "b", "c"):', "sys.stdin.read()\n        for name in ('a',):")
-    process = subprocess.Popen(
-        [sys.executable, "-c", program.replace('print("ready", flush=True)', ""), str(tmp_path / "out"), "1", ""],
-        stdin=subprocess.PIPE,
-    )
+    silent = program.replace('print("ready", flush=True)', "")
+    command = [sys.executable, "-c", silent, str(tmp_path / "out"), "1", ""]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
     while not list(tmp_path.glob(".out.*/out")):
         assert process.poll() is None
         time.sleep(0.01)
@@ -109,12 +105,8 @@ def test_folder_of_another_writer_is_kept(held: Path) -> None:
 
 def test_concurrent_writers_leave_one_complete_result(tmp_path: Path) -> None:
     program = WRITES_REPEATEDLY.replace("10**9", "first + 20")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path / "out"), str(100 * i), ""], stdout=subprocess.PIPE
-        )
-        for i in range(1, 4)
-    ]
+    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    started = [subprocess.Popen([*command, str(100 * i), ""], stdout=subprocess.PIPE) for i in range(1, 4)]
     assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
     for process in started:
         process.communicate()

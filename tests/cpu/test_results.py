@@ -49,10 +49,12 @@ def test_result_is_complete_and_replaces_an_earlier_one(kind: results.Kind, tmp_
     assert results.describe(target) == "2 files, 0.0 KiB"
 
 
-def test_empty_folder_is_replaced(tmp_path: Path) -> None:
+def test_empty_folder_and_result_with_a_deleted_file_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    write(tmp_path / "out", results.MODEL)
-    assert (tmp_path / "out" / "a.json").read_text() == "new"
+    for text in ("one", "two"):
+        write(tmp_path / "out", results.MODEL, text)
+        assert (tmp_path / "out" / "a.json").read_text() == text
+        (tmp_path / "out" / "a.json").unlink()
 
 
 def _file_for_folder(target: Path) -> None:
@@ -89,13 +91,6 @@ def test_changed_result_is_not_replaced(change: str, tmp_path: Path) -> None:
     assert (target / "a.json").read_text() == "later" and "notes.md" not in tree(target)
 
 
-def test_result_with_a_deleted_file_is_replaced(tmp_path: Path) -> None:
-    write(tmp_path / "out", results.MODEL)
-    (tmp_path / "out" / "a.json").unlink()
-    write(tmp_path / "out", results.MODEL, "two")
-    assert (tmp_path / "out" / "a.json").read_text() == "two"
-
-
 RECORD = '{"format": 2, "files": {"rank.safetensors": {}, "model/config.json": {}}}'
 EVAL = '{"successes": {}, "subsets": {}, "scores": [], "generated_tokens": 0}'
 
@@ -114,7 +109,7 @@ EVAL = '{"successes": {}, "subsets": {}, "scores": [], "generated_tokens": 0}'
         (results.MODEL, {"config.json": "{}", "model.safetensors": ""}, False),
     ],
 )  # fmt: skip
-def test_results_without_a_marker_are_replaced_only_if_recognized(
+def test_unmarked_results_are_replaced_only_if_known(
     kind: results.Kind, files: dict[str, str], known: bool, tmp_path: Path
 ) -> None:
     """Results of older versions have no marker. An old export cannot be told from any other model folder."""
@@ -238,9 +233,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
 @pytest.mark.parametrize("made", NEVER)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_target_is_rejected_even_with_overwrite(
-    command: str, made: str, overwrite: bool, tmp_path: Path, refused: Refused
-) -> None:
+def test_target_is_always_rejected(command: str, made: str, overwrite: bool, tmp_path: Path, refused: Refused) -> None:
     source, target = _source(tmp_path), NEVER[made](tmp_path)
     before = tree(tmp_path) if made != "fifo" else {}
     assert str(target) in refused(*COMMANDS[command](source, target), *(["--overwrite"] if overwrite else []))
@@ -296,7 +289,7 @@ PICTURE = ["plan", "qwen3_8b_alfworld_4xh100", "--picture"]
     ("made", "never"), [("file", False), ("link_to_nothing", True), ("collection", True), ("fifo", True)]
 )
 @pytest.mark.parametrize("command", ["report", "plan"])
-def test_page_or_picture_does_not_replace_other_files(
+def test_page_or_picture_replaces_only_its_own(
     command: str, made: str, never: bool, tmp_path: Path, refused: Refused
 ) -> None:
     target = MAKES[made](tmp_path)

@@ -144,9 +144,8 @@ def test_settings_of_later_phases_may_change(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the warm start is over"):
         check_resume(begun, changed, tmp_path)
     check_resume(begun, again(tmp_path, "algo.clip_high=0.5"), tmp_path)
-    assert adopt(again(tmp_path, "algo.clip_high=0.5"), tmp_path) == [
-        "resume: algo.clip_high changes from 0.28 to 0.5 after step 0"
-    ]
+    changes = adopt(again(tmp_path, "algo.clip_high=0.5"), tmp_path)
+    assert changes == ["resume: algo.clip_high changes from 0.28 to 0.5 after step 0"]
     assert (tmp_path / "warm_start" / "random").exists()
 
 

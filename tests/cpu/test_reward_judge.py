@@ -12,7 +12,8 @@ from typing import Any
 import byte_model
 import pytest
 from local_servers import Handler, threaded
-from whole_runs import batch, train
+from trajectory_files import write_jsonl
+from whole_runs import Batch, batch, train
 
 from icrl_megatron.agents.cache import ToolCache
 from icrl_megatron.run.time_checks import check_times
@@ -149,7 +150,7 @@ def test_judges_answer_at_the_same_time(folder: Path) -> None:
         ([None, ""], BadAnswer, "without a score", 2),
     ],
 )
-def test_a_failing_judge_is_never_a_reward(
+def test_failures_are_not_rewards(
     answers: list[Any], kind: type[Exception], message: str, requests: int, folder: Path
 ) -> None:
     asked: list[dict[str, Any]] = []
@@ -231,8 +232,7 @@ def test_a_run_learns_from_a_judge_and_drops_what_it_does_not_answer(tmp_path: P
     come from the cache or the judge."""
     model = byte_model.build(tmp_path / "model")
     for name in ("train", "held"):
-        rows = [{"prompt": f"{name} {i}?", "label": "x"} for i in range(4)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}?", "label": "x"} for i in range(4)])
     (tmp_path / "judge.jinja").write_text("{{ prompt }} {{ label }} {{ response }}")
     (tmp_path / "reward.py").write_text("def half(response):\n    return 0.5\n")
     asked: list[dict[str, Any]] = []
@@ -267,10 +267,8 @@ def test_a_run_learns_from_a_judge_and_drops_what_it_does_not_answer(tmp_path: P
         fails.set()
         resumed = batch(tmp_path, {"run": run("run", "steps=4")})
         assert resumed["run"].code == 0, resumed["run"].error
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in steps if "tokens/generated" in row]
-    copy = [json.loads(line) for line in (tmp_path / "copy" / "metrics.jsonl").read_text().splitlines()]
-    (again_1, *_) = [row for row in copy if "tokens/generated" in row]
+    ran = Batch(tmp_path, {})
+    steps, (again_1, *_) = ran.trained("run"), ran.trained("copy")
     assert before > 0 and "task/reward_quality" in steps[0]
     assert again_1["task/judge_cached"] > 0 == steps[0]["task/judge_cached"]
     assert again_1["task/reward_quality"] == steps[0]["task/reward_quality"]
@@ -326,8 +324,7 @@ def test_the_runs_own_engines_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     model = byte_model.build(tmp_path / "model")
     for name in ("train", "held"):
-        rows = [{"prompt": f"{name} {i}?", "label": "x"} for i in range(4)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}?", "label": "x"} for i in range(4)])
     (tmp_path / "judge.jinja").write_text("Judge this: {{ response }}")
     small = ["warm_start.steps=0", "eval.interval=1", "eval.problems=2", "rollout.max_turn_tokens=20", "steps=1"]
     small += ["rollout.max_critique_tokens=20", "rollout.context_tokens=1000", "rollout.tasks_per_step=2"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,128 +155,104 @@ def versions(group: GroupEnded) -> set[int]:
     return found
 
 
-def run(test: Awaitable[None]) -> None:
-    async def main() -> None:
-        await test
-
-    asyncio.run(main())
-
-
-def test_groups_are_played_over_updates_and_every_token_is_accounted_for(folders: list[Path]) -> None:
-    async def test() -> None:
-        async with talking(folders, staleness=2) as talk:
-            talk.say(begin(0, 1))
-            await asyncio.sleep(0.1)
-            assert not talk.ended() and not talk.engine._pending, "nothing is generated without weights"
-            talk.say(Update(1, ()))
-            await talk.until(lambda: talk.service._meter.tokens > 4)
-            talk.say(Update(2, ()))
-            await talk.until(lambda: len(talk.ended()) == 2)
-            found = talk.ended()
-            assert {n: of.version for n, of in found.items()} == {0: 0, 1: 0}, "they began before the first weights"
-            assert set.union(*map(versions, found.values())) == {1, 2}
-            generated = sum(beat.generated for beat in talk.heard if isinstance(beat, Heartbeat))
-            assert generated == sum(of.tokens for of in found.values())
-
-    run(test())
+async def test_groups_are_played_over_updates_and_every_token_is_accounted_for(folders: list[Path]) -> None:
+    async with talking(folders, staleness=2) as talk:
+        talk.say(begin(0, 1))
+        await asyncio.sleep(0.1)
+        assert not talk.ended() and not talk.engine._pending, "nothing is generated without weights"
+        talk.say(Update(1, ()))
+        await talk.until(lambda: talk.service._meter.tokens > 4)
+        talk.say(Update(2, ()))
+        await talk.until(lambda: len(talk.ended()) == 2)
+        found = talk.ended()
+        assert {n: of.version for n, of in found.items()} == {0: 0, 1: 0}, "they began before the first weights"
+        assert set.union(*map(versions, found.values())) == {1, 2}
+        generated = sum(beat.generated for beat in talk.heard if isinstance(beat, Heartbeat))
+        assert generated == sum(of.tokens for of in found.values())
 
 
-def test_a_lost_engine_serves_only_with_the_current_weights_and_is_sent_them_once(folders: list[Path]) -> None:
-    async def test() -> None:
-        async with talking(folders) as talk:
-            talk.say(Update(1, ()))
-            await talk.until(lambda: talk.of(Updated))
-            talk.say(begin(0, 1, 2))
-            await talk.until(lambda: talk.service._meter.tokens > 4)
-            talk.engine.died = "It died."
-            await talk.until(lambda: isinstance(last := talk.of(Heartbeat)[-1], Heartbeat) and last.needs_weights)
-            talk.say(Update(1, ()))
-            await talk.until(lambda: len(talk.of(Updated)) == 2)
-            last = talk.heard[talk.heard.index(talk.of(Updated)[0]) + 1 :]
-            before = [m for m in last[: last.index(Updated(1))] if isinstance(m, Heartbeat)][-1]
-            assert not before.needs_weights, "otherwise the trainer would send all weights again"
-            await talk.until(lambda: len(talk.ended()) == 3)
-            assert set.union(*map(versions, talk.ended().values())) == {1}
-            assert sum(beat.deaths for beat in talk.heard if isinstance(beat, Heartbeat)) == 1
-
-    run(test())
+async def test_a_lost_engine_serves_only_with_the_current_weights_and_is_sent_them_once(folders: list[Path]) -> None:
+    async with talking(folders) as talk:
+        talk.say(Update(1, ()))
+        await talk.until(lambda: talk.of(Updated))
+        talk.say(begin(0, 1, 2))
+        await talk.until(lambda: talk.service._meter.tokens > 4)
+        talk.engine.died = "It died."
+        await talk.until(lambda: isinstance(last := talk.of(Heartbeat)[-1], Heartbeat) and last.needs_weights)
+        talk.say(Update(1, ()))
+        await talk.until(lambda: len(talk.of(Updated)) == 2)
+        last = talk.heard[talk.heard.index(talk.of(Updated)[0]) + 1 :]
+        before = [m for m in last[: last.index(Updated(1))] if isinstance(m, Heartbeat)][-1]
+        assert not before.needs_weights, "otherwise the trainer would send all weights again"
+        await talk.until(lambda: len(talk.ended()) == 3)
+        assert set.union(*map(versions, talk.ended().values())) == {1}
+        assert sum(beat.deaths for beat in talk.heard if isinstance(beat, Heartbeat)) == 1
 
 
 @pytest.mark.parametrize("which", ["trained", "frozen"])
 @pytest.mark.parametrize("first", ["update", "restart"])
-def test_an_update_and_a_restart_that_cross_each_other(folders: list[Path], which: str, first: str) -> None:
+async def test_an_update_and_a_restart_that_cross_each_other(folders: list[Path], which: str, first: str) -> None:
     """No request passes while either of them is under way, nor while the engine has its folder's weights."""
-
-    async def test() -> None:
-        frozen = Mortal(folders[0], EngineSettings(), torch.float32, "cpu")
-        async with talking(folders, frozen) as talk:
-            talk.say(Update(1, ()))
-            await talk.until(lambda: talk.of(Updated))
-            talk.say(begin(0, 1, 2))
-            await talk.until(lambda: talk.service._meter.tokens > 4)
-            dies = talk.engine if which == "trained" else frozen
-            if first == "update":
-                talk.installing = lambda: (setattr(dies, "died", "It died."), time.sleep(0.2))  # type: ignore[assignment]
-            else:
-                dies.died = "It died."
-                await talk.until(lambda: talk.service._changing)
+    frozen = Mortal(folders[0], EngineSettings(), torch.float32, "cpu")
+    async with talking(folders, frozen) as talk:
+        talk.say(Update(1, ()))
+        await talk.until(lambda: talk.of(Updated))
+        talk.say(begin(0, 1, 2))
+        await talk.until(lambda: talk.service._meter.tokens > 4)
+        dies = talk.engine if which == "trained" else frozen
+        if first == "update":
+            talk.installing = lambda: (setattr(dies, "died", "It died."), time.sleep(0.2))  # type: ignore[assignment]
+        else:
+            dies.died = "It died."
+            await talk.until(lambda: talk.service._changing)
+        talk.say(Update(2, ()))
+        await talk.until(lambda: len(talk.of(Updated)) == 2)
+        talk.installing = lambda: None
+        await talk.until(lambda: dies.revivals == 1)
+        await talk.until(lambda: not talk.service._changing)
+        if first == "update" and which == "trained":
+            await talk.until(lambda: isinstance(last := talk.of(Heartbeat)[-1], Heartbeat) and last.needs_weights)
             talk.say(Update(2, ()))
-            await talk.until(lambda: len(talk.of(Updated)) == 2)
-            talk.installing = lambda: None
-            await talk.until(lambda: dies.revivals == 1)
-            await talk.until(lambda: not talk.service._changing)
-            if first == "update" and which == "trained":
-                await talk.until(lambda: isinstance(last := talk.of(Heartbeat)[-1], Heartbeat) and last.needs_weights)
-                talk.say(Update(2, ()))
-            await talk.until(lambda: len(talk.ended()) == 3)
-            solver = {
-                turn.completion.weight_version
-                for group in talk.ended().values()
-                for episode in group.results
-                for attempt in episode.attempts  # type: ignore[union-attr]
-                for turn in attempt.turns
-            }
-            assert solver <= {1, 2}, "a restarted engine has version 0 before it is sent weights"
-
-    run(test())
+        await talk.until(lambda: len(talk.ended()) == 3)
+        solver = {
+            turn.completion.weight_version
+            for group in talk.ended().values()
+            for episode in group.results
+            for attempt in episode.attempts  # type: ignore[union-attr]
+            for turn in attempt.turns
+        }
+        assert solver <= {1, 2}, "a restarted engine has version 0 before it is sent weights"
 
 
-def test_what_is_saved_does_not_change_while_it_is_sent_and_begins_again_elsewhere(folders: list[Path]) -> None:
-    async def test() -> None:
-        async with talking(folders, staleness=2) as talk:
-            talk.say(Update(1, ()))
-            talk.say(begin(0, 1))
-            await talk.until(lambda: talk.service._meter.tokens > 4)
-            talk.say(Save())
-            await talk.until(lambda: talk.of(SavedGroups))
-            (saved,) = talk.of(SavedGroups)
-            sent = pickle.dumps(saved)
-            await talk.until(lambda: len(talk.ended()) == 2)
-            again = pickle.loads(sent)
-            assert again == saved, "episodes went on meanwhile"
-        async with talking(folders, staleness=2) as talk:
-            talk.say(Update(3, ()))
-            kept = sum(tokens({group.task: group.logs}) for group in again.groups)
-            talk.say(Begin(again.groups))
-            await talk.until(lambda: len(talk.ended()) == 2)
-            found = talk.ended()
-            assert {of.version for of in found.values()} == {1}
-            generated = sum(beat.generated for beat in talk.heard if isinstance(beat, Heartbeat))
-            assert kept > 0 and generated == sum(of.tokens for of in found.values()) - kept
-
-    run(test())
+async def test_what_is_saved_does_not_change_while_it_is_sent_and_begins_again_elsewhere(folders: list[Path]) -> None:
+    async with talking(folders, staleness=2) as talk:
+        talk.say(Update(1, ()))
+        talk.say(begin(0, 1))
+        await talk.until(lambda: talk.service._meter.tokens > 4)
+        talk.say(Save())
+        await talk.until(lambda: talk.of(SavedGroups))
+        (saved,) = talk.of(SavedGroups)
+        sent = pickle.dumps(saved)
+        await talk.until(lambda: len(talk.ended()) == 2)
+        again = pickle.loads(sent)
+        assert again == saved, "episodes went on meanwhile"
+    async with talking(folders, staleness=2) as talk:
+        talk.say(Update(3, ()))
+        kept = sum(tokens({group.task: group.logs}) for group in again.groups)
+        talk.say(Begin(again.groups))
+        await talk.until(lambda: len(talk.ended()) == 2)
+        found = talk.ended()
+        assert {of.version for of in found.values()} == {1}
+        generated = sum(beat.generated for beat in talk.heard if isinstance(beat, Heartbeat))
+        assert kept > 0 and generated == sum(of.tokens for of in found.values()) - kept
 
 
-def test_a_request_that_the_engine_cancels_ends_the_service(folders: list[Path]) -> None:
+async def test_a_request_that_the_engine_cancels_ends_the_service(folders: list[Path]) -> None:
     """Otherwise its group would never end, and the trainer would wait for it without a limit."""
-
-    async def test() -> None:
-        with pytest.raises(EngineError, match="canceled"):
-            async with talking(folders) as talk:
-                talk.say(Update(1, ()))
-                talk.engine.cancels = True
-                talk.say(begin(0))
-                serving = talk.serving
-                await talk.until(lambda: serving is not None and serving.done())
-
-    run(test())
+    with pytest.raises(EngineError, match="canceled"):
+        async with talking(folders) as talk:
+            talk.say(Update(1, ()))
+            talk.engine.cancels = True
+            talk.say(begin(0))
+            serving = talk.serving
+            await talk.until(lambda: serving is not None and serving.done())

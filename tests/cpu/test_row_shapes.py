@@ -42,14 +42,8 @@ CALLS = [{"input": '[1, 2]\n"a"', "output": "true", "testtype": "functional"}]
 
 
 def gaia(number: int, **other: Any) -> dict[str, Any]:
-    row = {
-        "task_id": f"x-{number}",
-        "Question": f"Question {number}?",
-        "Level": 2,
-        "Final answer": "17",
-        "file_name": "",
-    }
-    return {**row, "file_path": "", "Annotator Metadata": {"Steps": "1. Search"}, **other}
+    row = {"task_id": f"x-{number}", "Question": f"Question {number}?", "Level": 2, "Final answer": "17"}
+    return {**row, "file_name": "", "file_path": "", "Annotator Metadata": {"Steps": "1. Search"}, **other}
 
 
 def code(tests: list[dict[str, str]], private: str, **other: Any) -> dict[str, Any]:

@@ -237,9 +237,7 @@ def fake(folder: Path, script: str) -> None:
         ("exit 0", "user namespaces"),
     ],
 )
-def test_missing_namespaces_are_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, part: str
-) -> None:
+def test_no_namespaces_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, part: str) -> None:
     fake(tmp_path, script)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     box = Sandbox(LIMITS)

@@ -20,12 +20,8 @@ from icrl_megatron.utils.step_names import step_name, step_of
 SMALL = ("steps=3", "eval.problems=2", "rollout.tasks_per_step=2", "checkpoint.keep=9", "launch.device=cpu")
 NEVER, ALWAYS = "checkpoint.interval=1000", "checkpoint.interval=1"
 EVALUATED, NOT_EVALUATED = "eval.interval=1", "eval.interval=0"
-PARTIAL = (
-    "rollout.partial=true",
-    "rollout.oversample=2",
-    "rollout.concurrency=3",
-    "algo.mismatch_correction.enabled=true",
-)
+OVERSAMPLED = ("rollout.oversample=2", "rollout.concurrency=3")
+PARTIAL = ("rollout.partial=true", *OVERSAMPLED, "algo.mismatch_correction.enabled=true")
 STRICT = (NOT_EVALUATED, "algo.on_no_signal=error", "algo.max_resamples=2")
 
 FAULTS = {
@@ -98,8 +94,7 @@ def test_error_before_the_update_saves_the_last_completed_step(ran: Ran, name: s
     assert FAULTS[name] in ended.error
     assert "saved step 2, the last completed one" in ended.said
     assert ran.saved(at(name), 2) == ran.saved("whole", 2)
-    again = ran.ended[f"{name} again"]
-    assert again.code == 0, again.error
+    again = ran.succeeded(f"{name} again")
     assert f"resuming from {ran.folder / at(name)}" in "".join(again.error.split("\n"))
     assert ran.rows(at(name)) == ran.rows("whole")
     assert ran.saved(at(name), 3) == ran.saved("whole", 3)
@@ -111,7 +106,7 @@ def test_batch_without_signal_is_replayed_and_counted_once(ran: Ran) -> None:
     assert "error: step 2: no reward differed inside any group in 3 batches" in ended.error
     assert "saved step 2, the last completed one" in ended.said
     assert ran.saved(at("flat@2"), 2) == ran.saved("strict", 2)
-    assert ran.ended["flat@2 again"].code == 0, ran.ended["flat@2 again"].error
+    ran.succeeded("flat@2 again")
     assert ran.rows(at("flat@2")) == ran.rows("strict")
 
 
@@ -147,8 +142,7 @@ def test_partially_updated_weights_are_not_saved(ran: Ran) -> None:
 
 
 def test_episodes_that_cannot_be_dumped_are_counted_and_training_goes_on(ran: Ran) -> None:
-    ended, lost = ran.ended["dump@1"], "episodes/not_dumped"
-    assert ended.code == 0, ended.error
+    ended, lost = ran.succeeded("dump@1"), "episodes/not_dumped"
     assert ended.said.count("episodes are not dumped") == ended.said.count("Input/output error") == 1
     rows, expected = ran.rows(at("dump@1")), ran.rows("whole")
     assert sum(row.get(lost, 0.0) for row in rows) == 8
@@ -242,18 +236,15 @@ def test_model_folder_is_not_needed_after_the_first_checkpoint(finished_run: Pat
     small = ["warm_start.steps=0", *SMALL, NOT_EVALUATED, NEVER]
     own = train(tmp_path / "run", f"model.path={model}", *small, "steps=2")
     with_kl = train(tmp_path / "kl", f"model.path={tmp_path / 'model_kl'}", *small, "steps=2", "algo.kl_coef=0.1")
-    begins = train(tmp_path / "other", f"model.path={model}", *small)
-    ended = batch(
-        tmp_path,
-        {
-            "gone": ["fault=gone@1", *own],
-            "goes on": [*own, "steps=3"],
-            "export": ["export", str(tmp_path / "run" / "checkpoints"), str(tmp_path / "hf")],
-            "kl": ["fault=gone@1", *with_kl],
-            "kl goes on": [*with_kl, "steps=3"],
-            "begins": begins,
-        },
-    )
+    commands = {
+        "gone": ["fault=gone@1", *own],
+        "goes on": [*own, "steps=3"],
+        "export": ["export", str(tmp_path / "run" / "checkpoints"), str(tmp_path / "hf")],
+        "kl": ["fault=gone@1", *with_kl],
+        "kl goes on": [*with_kl, "steps=3"],
+        "begins": train(tmp_path / "other", f"model.path={model}", *small),
+    }
+    ended = batch(tmp_path, commands)
     assert not model.exists() and not (tmp_path / "model_kl").exists()
     for name in ("gone", "goes on", "export", "kl"):
         assert ended[name].code == 0, (name, ended[name].error)
@@ -263,9 +254,8 @@ def test_model_folder_is_not_needed_after_the_first_checkpoint(finished_run: Pat
         assert (folder / "LICENSE").read_text() == "free"
         assert (folder / "generation_config.json").exists()
     assert ended["kl goes on"].code == ended["begins"].code == 2
-    assert f"error: model.path={tmp_path / 'model_kl'}: the folder is gone, and algo.kl_coef=0.1" in (
-        ended["kl goes on"].error
-    )
+    gone = f"error: model.path={tmp_path / 'model_kl'}: the folder is gone, and algo.kl_coef=0.1"
+    assert gone in ended["kl goes on"].error
     assert f"error: model.path={model}: no such folder" in ended["begins"].error
 
 
@@ -276,9 +266,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_full_disk_keeps_checkpoints_and_the_run_resumes_with_more_space(
-    ran: Ran, start: list[str], disk: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_keeps_checkpoints_and_runs_resume(ran: Ran, start: list[str], disk: Path, tmp_path: Path) -> None:
     run = disk / "run"
     command = train(run, *start, ALWAYS, NOT_EVALUATED, "checkpoint.keep=2")
     full = batch(tmp_path, {"full": command})["full"]

@@ -81,20 +81,12 @@ def play(task_set: RetrievalQA, replies: list[str]) -> tuple[list[str], float, s
 def test_an_episode_with_searches(corpus: Path) -> None:
     task_set = registry.of_source(source(corpus.parent, corpus=str(corpus), passages=2))
     assert isinstance(task_set, RetrievalQA)
-    seen, outcome, summary = play(
-        task_set, ["hm", "<search>capital of France</search>", "So: <answer>the Paris.</answer>"]
-    )
+    replies = ["hm", "<search>capital of France</search>", "So: <answer>the Paris.</answer>"]
+    seen, outcome, summary = play(task_set, replies)
     assert "Capital of France?" in seen[0] and "<search>" in seen[1] and seen[2].startswith("(1) Paris\n")
     assert outcome == 1.0 and "right" in summary
-    seen, outcome, summary = play(
-        task_set,
-        [
-            "<search></search>",
-            "<search>zzzz</search>",
-            "<answer>Rome</answer><search>no</search>",
-            "<answer>Rome</answer>",
-        ],
-    )
+    replies = ["<search></search>", "<search>zzzz</search>", "<answer>Rome</answer><search>no</search>"]
+    seen, outcome, summary = play(task_set, [*replies, "<answer>Rome</answer>"])
     assert seen[1:3] == ["Nothing was found."] * 2 and outcome == 0.0 and "Rome" in summary and "Paris" not in summary
 
 
@@ -106,9 +98,8 @@ def test_what_a_document_says_is_no_answer(corpus: Path) -> None:
 
 
 def test_the_index_is_built_once_and_again_when_the_corpus_changed(corpus: Path) -> None:
-    assert asyncio.run(LocalRetriever(corpus).search("river", 1)) == [
-        "Seine\nThe Seine is a river that flows through Paris."
-    ]
+    (found,) = asyncio.run(LocalRetriever(corpus).search("river", 1))
+    assert found == "Seine\nThe Seine is a river that flows through Paris."
     folder = corpus.with_name("corpus.jsonl.bm25s")
     built = (folder / "source.json").stat().st_mtime_ns
     assert len(LocalRetriever(corpus)) == 4 and (folder / "source.json").stat().st_mtime_ns == built
@@ -127,14 +118,10 @@ def test_an_index_replaces_no_other_folder(corpus: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["notes.md"]
 
 
-def test_many_searches_at_once(corpus: Path) -> None:
+async def test_many_searches_at_once(corpus: Path) -> None:
     retriever = LocalRetriever(corpus)
-
-    async def many() -> list[list[str]]:
-        return await asyncio.gather(*(retriever.search(("Italy", "France")[i % 2], 1) for i in range(200)))
-
     begun = time.monotonic()
-    found = asyncio.run(many())
+    found = await asyncio.gather(*(retriever.search(("Italy", "France")[i % 2], 1) for i in range(200)))
     assert {f[0][:4] for f in found[::2]} == {"Rome"} and {f[0][:5] for f in found[1::2]} == {"Paris"}
     assert time.monotonic() - begun < 60
 
@@ -157,9 +144,8 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
         registry.of_source(source(tmp_path))
     with pytest.raises(ConfigError, match="passages"):
         registry.of_source(source(tmp_path, corpus="c", passages=0))
-    assert isinstance(
-        registry.of_source(SearchQASource("searchqa", data=SearchData(train=["0:4"], heldout=["4:5"]))), AgentGym
-    )
+    served = SearchQASource("searchqa", data=SearchData(train=["0:4"], heldout=["4:5"]))
+    assert isinstance(registry.of_source(served), AgentGym)
 
 
 class Retrieves(Handler):
@@ -177,21 +163,21 @@ def remote() -> Iterator[str]:
         yield url
 
 
-def test_a_remote_retriever(remote: str) -> None:
+async def test_a_remote_retriever(remote: str) -> None:
     retriever = RemoteRetriever([remote], 10.0)
-    assert asyncio.run(retriever.search("rivers", 2)) == ["about rivers"] * 2
+    assert await retriever.search("rivers", 2) == ["about rivers"] * 2
     with pytest.raises(EnvironmentFailure, match="is it a retriever"):
-        asyncio.run(retriever.search("broken", 2))
+        await retriever.search("broken", 2)
 
 
-def test_both_retrievers_are_search_tools(corpus: Path, remote: str) -> None:
+async def test_both_retrievers_are_search_tools(corpus: Path, remote: str) -> None:
     async def ask(tool: Search, query: str) -> str:
         return (await Toolbox([tool], ToolLimits(tries=1)).session().call(ToolCall("search", {"query": query}))).text
 
     local = Search(LocalRetriever(corpus).search, passages=1)
-    assert asyncio.run(ask(local, "river")).startswith("(1) Seine\n")
-    assert asyncio.run(ask(local, "zzzz")) == NOTHING
+    assert (await ask(local, "river")).startswith("(1) Seine\n")
+    assert await ask(local, "zzzz") == NOTHING
     served = Search(RemoteRetriever([remote], 10.0).search, passages=2)
-    assert asyncio.run(ask(served, "rivers")) == "(1) about rivers\n\n(2) about rivers"
+    assert await ask(served, "rivers") == "(1) about rivers\n\n(2) about rivers"
     with pytest.raises(ToolFailure, match="is it a retriever"):
-        asyncio.run(ask(served, "broken"))
+        await ask(served, "broken")

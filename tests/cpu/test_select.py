@@ -36,17 +36,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     words = ["<answer>yes</answer>", "<answer>no</answer>", "<search>rivers</search>", "well", "so"]
     build_tiny(folder, TINY, words, seed=1)
-    (folder.parent / "corpus.jsonl").write_text(
-        json.dumps({"contents": "Seine\nThe Seine is one of the rivers."}) + "\n"
-    )
+    passage = {"contents": "Seine\nThe Seine is one of the rivers."}
+    (folder.parent / "corpus.jsonl").write_text(json.dumps(passage) + "\n")
     return folder
 
 
 def rows(path: Path, first: int = 0) -> list[dict[str, Any]]:
-    made = [
-        {"prompt": f"Question {i}?", "label": LABELS[i % 3], "from": {"page": i}}
-        for i in range(first, first + QUESTIONS)
-    ]
+    each = range(first, first + QUESTIONS)
+    made = [{"prompt": f"Question {i}?", "label": LABELS[i % 3], "from": {"page": i}} for i in each]
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
     return made
 
@@ -179,9 +176,7 @@ def judge() -> Iterator[str]:
         yield f"{url}/v1"
 
 
-def test_failures_are_not_wrong_answers_and_are_played_again(
-    model: Path, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failures_are_played_again(model: Path, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     at = f"tasks.sources.0.agent.endpoint={{url: '{judge}', model: judge}}"
     asked = request(model, tmp_path, "tasks.sources.0.agent.judge=model", at, at_least=0.0, samples=4, problems=6)
     assert select(asked) == 0

@@ -112,18 +112,13 @@ def test_replies_that_hold_nothing_or_too_much_are_counted_and_are_no_events(tex
 def test_several_calls_in_one_reply_keep_their_own_answers() -> None:
     environment = archive().environment(TASK)
     environment.form = form = Qwen3([tool.spec for tool in environment.toolbox.tools.values()])  # type: ignore[assignment]
-    calls = [
-        json.dumps({"name": name, "arguments": {key: "t 1"}}) for name, key in (("search", "query"), ("page", "town"))
-    ]
+    asked = (("search", "query"), ("page", "town"))
+    calls = [json.dumps({"name": name, "arguments": {key: "t 1"}}) for name, key in asked]
     text = "I look. " + "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
     assert form.parse(text)
     first, second = "two\nlines", "one"
-    run = played(
-        attempt(
-            0, turn(text, f"{first}\n{second}", chars=(9, 3)), turn("The answer is <answer>5</answer>"), success=True
-        ),
-        environment=environment,
-    )
+    turns = turn(text, f"{first}\n{second}", chars=(9, 3)), turn("The answer is <answer>5</answer>")
+    run = played(attempt(0, *turns, success=True), environment=environment)
     kinds = [(event.kind, event.tag, event.text) for event in run.events]
     assert kinds == [
         *[("text", "assistant", "I look."), ("call", "search", ""), ("call", "page", "")],
@@ -141,9 +136,7 @@ def test_several_calls_in_one_reply_keep_their_own_answers() -> None:
         (("model.path=/nowhere", "distill.agents=[{name: poet}]"), "no effect with distill.system=model"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_found_before_anything_starts(
-    tmp_path: Path, overrides: tuple[str, ...], message: str
-) -> None:
+def test_wrong_settings_are_found_at_the_start(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         command.prepare(load("archive", ["distill.system=model", *overrides]), tmp_path / "a.jsonl")
 

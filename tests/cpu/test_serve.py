@@ -89,12 +89,7 @@ def test_logs_of_an_earlier_process_with_the_same_pid_are_kept(tmp_path: Path) -
     ("host", "nodes", "warned"), [("{host}", "1", False), ("0.0.0.0", "1", True), ("{host}", "2", False)]
 )
 def test_warning_if_other_machines_can_reach_a_server_needlessly(
-    host: str,
-    nodes: str,
-    warned: bool,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    host: str, nodes: str, warned: bool, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", nodes)
     monkeypatch.setenv("SLURMD_NODENAME", "localhost")
@@ -120,9 +115,7 @@ def test_running_servers_are_used_instead(tmp_path: Path) -> None:
         (COMMAND.replace("alfworld", "webshop"), [], ["'alfworld'", "icrl env check"]),
     ],
 )
-def test_failed_servers_are_reported_with_their_last_output(
-    command: str, more: list[str], parts: list[str], tmp_path: Path
-) -> None:
+def test_failed_servers_show_their_last_output(command: str, more: list[str], parts: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught, serve.beside(settings(command, *more), tmp_path):
         pass
     assert all(part in str(caught.value) for part in parts), caught.value
@@ -156,11 +149,8 @@ def test_invalid_server_settings_are_rejected(override: str, message: str) -> No
 def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """`python -m icrl_megatron.launch.servers`, started as by a job, and its folder."""
     words = ["train", "rulebook_easy", SOURCE, f"tasks.sources.0.serve.command={COMMAND}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "icrl_megatron.launch.servers", str(tmp_path / "served"), *words],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "icrl_megatron.launch.servers", str(tmp_path / "served"), *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     until(lambda: (tmp_path / "served" / serve.ADDRESSES).exists() or process.poll() is not None)
     yield process, tmp_path / "served"
     process.terminate()
@@ -197,7 +187,7 @@ def test_servers_ignore_usr1_and_end_with_their_launcher(started: tuple[subproce
     assert not answers(url_of(folder))
 
 
-def test_ranks_use_the_servers_of_their_job(
+def test_ranks_use_their_servers(
     started: tuple[subprocess.Popen[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, folder = started

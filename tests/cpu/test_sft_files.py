@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from trajectory_files import LOGS, ROWS, alpaca, openai, rows_of, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from whole_runs import Ended, batch, icrl, rows
+from whole_runs import Batch, batch, icrl, rows
 
 from icrl_megatron.actor.optimizer import STATES
 from icrl_megatron.algo.schedules import learning_rate
@@ -40,19 +38,15 @@ GRIDS = {
 }
 
 
-@dataclass(frozen=True)
-class Ran:
-    root: Path
-    ended: dict[str, Ended]
-
+class Ran(Batch):
     def rows(self, name: str) -> list[dict[str, float]]:
-        return rows(self.root / name / "warm_start")
+        return rows(self.folder / name / "warm_start")
 
     def start(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.root / "bytes", dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(self.folder / "bytes", dtype=torch.bfloat16)
 
     def weights(self, name: str) -> bytes:
-        return (self.root / name / "warm_start/hf/model.safetensors").read_bytes()
+        return (self.folder / name / "warm_start/hf/model.safetensors").read_bytes()
 
 
 def of_file(root: Path, name: str, data: str, *overrides: str) -> list[str]:
@@ -74,10 +68,7 @@ def sft(root: Path, name: str, data: str, *overrides: str) -> list[str]:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     root = tmp_path_factory.mktemp("sft")
     folder = byte_model.build(root / "bytes", positions=2048, layers=2, kv_heads=2)
-    tokenizer = AutoTokenizer.from_pretrained(folder)  # its template has no tools
-    template = distribution("trl").locate_file("trl/chat_templates/qwen2_5.jinja")
-    tokenizer.chat_template = Path(str(template)).read_text(encoding="utf-8")
-    tokenizer.save_pretrained(folder)
+    byte_model.use_template(folder, "qwen2_5")  # its own has no tools
     for name in FORMATS:
         write_jsonl(root / f"{name}.jsonl", rows_of(name, 12))
     (root / "list.json").write_text(json.dumps([alpaca(n) for n in range(12)]), encoding="utf-8")
@@ -127,12 +118,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 @pytest.mark.parametrize("name", [*FORMATS, "list", "pattern"])
 def test_every_format_is_trained_and_exported(ran: Ran, name: str) -> None:
-    assert ran.ended[name].code == 0, ran.ended[name].error
+    ran.succeeded(name)
     found = ran.rows(name)
     assert [row["step"] for row in found] == [1, 2, 3] if name != "list" else [1, 2, 3, 4, 5]
     # Random weights are near the uniform distribution over 270 tokens, and the loss falls from there.
     assert abs(found[0]["sft/nll"] - math.log(270)) < 0.3 and all(row["data/dropped"] == 0 for row in found)
-    folder = ran.root / name / "warm_start/hf"
+    folder = ran.folder / name / "warm_start/hf"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.vocab_size == len(tokenizer) and model.dtype == torch.bfloat16
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), ran.start().parameters(), strict=True))
@@ -159,7 +150,7 @@ def test_a_file_becomes_a_run_of_the_recipe_and_overrides() -> None:
 
 
 def test_held_out_loss_is_measured_before_while_and_after(ran: Ran) -> None:
-    assert ran.ended["whole"].code == 0, ran.ended["whole"].error
+    ran.succeeded("whole")
     measured = [(row["step"], row["heldout/nll"]) for row in ran.rows("whole") if "heldout/nll" in row]
     assert [step for step, _ in measured] == [0, 2, 4, 6] and measured[-1][1] < measured[0][1]
     assert [row["step"] for row in ran.rows("whole")] == list(range(7))
@@ -172,9 +163,9 @@ def test_a_resumed_run_is_the_same_run(ran: Ran) -> None:
 
 
 def test_training_ends_when_the_held_out_loss_stops_falling(ran: Ran) -> None:
-    assert ran.ended["early"].code == 0, ran.ended["early"].error
+    ran.succeeded("early")
     losses = [row["heldout/nll"] for row in ran.rows("early")]
-    assert 3 <= len(losses) < 50 and (ran.root / "early/warm_start/hf/config.json").exists()
+    assert 3 <= len(losses) < 50 and (ran.folder / "early/warm_start/hf/config.json").exists()
     assert min(losses[-2:]) >= min(losses[:-2])
     assert all(min(losses[: n - 1]) > min(losses[n - 1 : n + 1]) for n in range(2, len(losses) - 1))
 
@@ -186,12 +177,12 @@ def test_the_weights_with_the_lowest_held_out_loss_are_exported(ran: Ran) -> Non
     best = min(losses, key=lambda step: losses[step])
     assert 1 <= best < 7 and ran.rows("again") == ran.rows("worse")
     for name, command in (("worse", "worse"), ("again", "worse, resumed")):
-        said = " ".join(ran.ended[command].error.split())
+        said = ran.ended[command].said
         assert f"weights of step {best:.0f} of 9, with the lowest held-out loss ({losses[best]:.4f})" in said
-        checkpoints = ran.root / name / "warm_start/checkpoints"
+        checkpoints = ran.folder / name / "warm_start/checkpoints"
         assert sorted(p.name for p in checkpoints.iterdir()) == [step_name(int(best)), step_name(9)]
         saved = load_file(checkpoints / step_name(int(best)) / "rank_00000_0000.safetensors")
-        for tensor, value in load_file(ran.root / name / "warm_start/hf/model.safetensors").items():
+        for tensor, value in load_file(ran.folder / name / "warm_start/hf/model.safetensors").items():
             assert torch.equal(value, saved[f"{STATES[0]}/{tensor}"].view_as(value))
 
 
@@ -199,25 +190,25 @@ def test_a_best_checkpoint_that_is_damaged_or_gone(ran: Ran, tmp_path: Path) -> 
     """The run was ended between its last checkpoint and the export."""
     commands = {}
     for name in ("damaged", "gone"):
-        shutil.copytree(ran.root / "worse", ran.root / name)
-        shutil.rmtree(ran.root / name / "warm_start/hf")
-        best = ran.root / name / "warm_start/checkpoints/step_000001"
+        shutil.copytree(ran.folder / "worse", ran.folder / name)
+        shutil.rmtree(ran.folder / name / "warm_start/hf")
+        best = ran.folder / name / "warm_start/checkpoints/step_000001"
         (best / "rank_00000_0000.safetensors").write_bytes(b"")
         if name == "gone":
             shutil.rmtree(best)
-        other = f"warm_start.heldout={ran.root}/other.jsonl"
-        commands[name] = sft(ran.root, name, "[{path: %s/openai.jsonl}]", other, *WORSE)
+        other = f"warm_start.heldout={ran.folder}/other.jsonl"
+        commands[name] = sft(ran.folder, name, "[{path: %s/openai.jsonl}]", other, *WORSE)
     ended = batch(tmp_path, commands)
     assert ended["damaged"].code == 2 and "step_000001: damaged" in ended["damaged"].error
-    assert "Or move it away: the same command then exports" in " ".join(ended["damaged"].error.split())
-    assert ended["gone"].code == 0 and "weights of step 9 of 9" in " ".join(ended["gone"].error.split())
+    assert "Or move it away: the same command then exports" in ended["damaged"].said
+    assert ended["gone"].code == 0 and "weights of step 9 of 9" in ended["gone"].said
 
 
 def test_rows_are_dropped_and_counted_or_cut(ran: Ran) -> None:
     for name, dropped in (("dropped", 2), ("cut", 1)):
-        assert ran.ended[name].code == 0, ran.ended[name].error
+        ran.succeeded(name)
         assert [row["data/dropped"] for row in ran.rows(name)] == [dropped] * 2
-    assert "1 of 8 rows cannot be trained on" in " ".join(ran.ended["dropped"].error.split())
+    assert "1 of 8 rows cannot be trained on" in ran.ended["dropped"].said
 
 
 REFUSED = {
@@ -237,15 +228,15 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(ran: Ran, name: str) -> None:
     assert ran.ended[name].code == 2, ran.ended[name].error
-    assert all(said in " ".join(ran.ended[name].error.split()) for said in REFUSED[name]), ran.ended[name].error
-    assert name == "over" or not (ran.root / name / "warm_start" / "checkpoints").exists()
+    assert all(part in ran.ended[name].said for part in REFUSED[name]), ran.ended[name].error
+    assert name == "over" or not (ran.folder / name / "warm_start" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_grid_sees_the_same_loss_and_gradient(ran: Ran, grid: str) -> None:
     """On conversations with untrained replies and answers of tools."""
-    mixed = MIXED.replace("%s", str(ran.root))
-    code, _, error = icrl(*sft(ran.root, grid, mixed, *WHOLE, "warm_start.steps=2", *GRIDS[grid]))
+    mixed = MIXED.replace("%s", str(ran.folder))
+    code, _, error = icrl(*sft(ran.folder, grid, mixed, *WHOLE, "warm_start.steps=2", *GRIDS[grid]))
     assert code == 0, error
     for one, two in zip(ran.rows("whole")[:3], ran.rows(grid), strict=True):
         for name in ("sft/nll", "heldout/nll", "actor/grad_norm", "tokens/loss"):
@@ -253,9 +244,9 @@ def test_every_grid_sees_the_same_loss_and_gradient(ran: Ran, grid: str) -> None
 
 
 def test_the_report_shows_the_loss(ran: Ran) -> None:
-    code, _, error = icrl("report", str(ran.root / "whole"))
+    code, _, error = icrl("report", str(ran.folder / "whole"))
     assert code == 0, error
-    page = (ran.root / "whole/report.html").read_text(encoding="utf-8")
+    page = (ran.folder / "whole/report.html").read_text(encoding="utf-8")
     (data,) = [line for line in page.splitlines() if 'id="data"' in line]
     found = json.loads(data.partition(">")[2].rpartition("</script>")[0])["groups"][0]["supervised"]
     assert found["held-out"]["x"] == [0, 2, 4, 6] and found["training"]["x"] == [1, 2, 3, 4, 5, 6]

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 from aiohttp import web
-from local_servers import serving
+from local_servers import Replies, serving
 
 from icrl_megatron.engines import sglang
 from icrl_megatron.engines.protocol import EngineError, EngineLostError, RequestFailedError, Sampling
@@ -94,13 +94,10 @@ def test_api_key_is_sent_and_hidden_in_messages() -> None:
 
 
 def test_completion_has_ids_and_logprobs() -> None:
-    async def good(request: web.Request) -> web.Response:
-        body = await request.json()
-        assert body["input_ids"] == [1, 2]
-        assert body["sampling_params"]["top_p"] == 1.0
-        return web.json_response(answer())
-
-    (completion,), engine = talk(good)
+    server = Replies(answer())
+    (completion,), engine = talk(server.answer)
+    (body,) = server.seen
+    assert (body["input_ids"], body["sampling_params"]["top_p"]) == ([1, 2], 1.0)
     assert completion == Completion((5, 6), (-1.0, -2.0), "length", 0)
     assert (engine.stats.prompt_tokens, engine.stats.cached_tokens) == (2, 1)
 
@@ -124,10 +121,8 @@ def test_completion_has_ids_and_logprobs() -> None:
     ],
 )
 def test_invalid_answer_fails_its_request_and_three_lose_the_engine(body: object) -> None:
-    async def invalid(request: web.Request) -> web.Response:
-        return web.Response(text=body) if isinstance(body, str) else web.json_response(body)
-
-    found, engine = talk(invalid, 4)
+    reply = (lambda: web.Response(text=body)) if isinstance(body, str) else body
+    found, engine = talk(Replies(reply).answer, 4)
     assert [type(f) for f in found] == [RequestFailedError] * 2 + [EngineLostError] * 2
     assert "3 answers in a row" in engine.lost()
 
@@ -141,42 +136,26 @@ def queued(**changes: object) -> dict[str, object]:
 
 def test_a_reply_that_ended_as_it_was_aborted_is_not_continued() -> None:
     """SGLang looks for an abort before it looks for an end token."""
-
-    async def aborts(request: web.Request) -> web.Response:
-        return web.json_response(queued(output_token_logprobs=[[-1.0, 5, None], [-0.5, STOP, None]]))
-
-    found, _ = talk(aborts, 1, version=9)
+    aborted = Replies(queued(output_token_logprobs=[[-1.0, 5, None], [-0.5, STOP, None]]))
+    found, _ = talk(aborted.answer, 1, version=9)
     assert found == [Completion((5, STOP), (-1.0, -0.5), "stop", 9)]
 
 
 def test_request_aborted_in_the_queue_is_neither_valid_nor_invalid() -> None:
     kept = queued(output_token_logprobs=[[-1.0, 5, None]])  # it ran, was requeued, and keeps the tokens reported so far
     no_such = answer(weight_version="9", finish_reason={"type": "what"})
-    answers = iter([queued(), kept, no_such, queued(), no_such, queued(), queued(), no_such])
-
-    async def aborts(request: web.Request) -> web.Response:
-        return web.json_response(next(answers))
-
-    found, engine = talk(aborts, 8, version=9)
+    aborts = Replies(queued(), kept, no_such, queued(), no_such, queued(), queued(), no_such)
+    found, engine = talk(aborts.answer, 8, version=9)
     nothing = Completion((), (), "abort", 9)
     assert found[:2] == [nothing, Completion((5,), (-1.0,), "abort", 9)]
-    assert [type(f) for f in found[2:]] == [
-        RequestFailedError,
-        Completion,
-        RequestFailedError,
-        Completion,
-        Completion,
-        EngineLostError,
-    ]
+    kinds = [RequestFailedError, Completion, RequestFailedError, Completion, Completion, EngineLostError]
+    assert [type(f) for f in found[2:]] == kinds
     assert engine.stats.prompt_tokens == 0
 
 
 @pytest.mark.parametrize(("stamp", "fits"), [("9", True), ("3", False), ("10", False), ("default", False)])
 def test_answer_from_other_weights_than_the_last_pushed_is_invalid(stamp: str, fits: bool) -> None:
-    async def stamped(request: web.Request) -> web.Response:
-        return web.json_response(answer(weight_version=stamp))
-
-    (found,), _ = talk(stamped, version=9)
+    (found,), _ = talk(Replies(answer(weight_version=stamp)).answer, version=9)
     if fits:
         assert isinstance(found, Completion) and found.weight_version == 9
     else:
@@ -185,25 +164,14 @@ def test_answer_from_other_weights_than_the_last_pushed_is_invalid(stamp: str, f
 
 def test_server_error_is_retried_and_rejection_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "_DEATH_GRACE_S", 0.1)
-    calls: list[int] = []
-
-    async def fails_once(request: web.Request) -> web.Response:
-        calls.append(1)
-        return web.Response(status=503) if len(calls) == 1 else web.json_response(answer())
-
-    (completion,), engine = talk(fails_once)
+    (completion,), engine = talk(Replies(lambda: web.Response(status=503), answer()).answer)
     assert isinstance(completion, Completion)
     assert engine.stats.retries == 1
-
-    async def rejects(request: web.Request) -> web.Response:
-        calls.append(1)
-        return web.Response(status=400, text="too long")
-
-    calls.clear()
-    (error,), _ = talk(rejects, 1)
+    rejects = Replies(lambda: web.Response(status=400, text="too long"))
+    (error,), _ = talk(rejects.answer, 1)
     assert isinstance(error, RequestFailedError)
     assert "too long" in str(error)
-    assert len(calls) == 1
+    assert len(rejects.seen) == 1
 
 
 def test_server_that_never_answers_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

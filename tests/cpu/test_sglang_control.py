@@ -131,9 +131,7 @@ def test_own_server_with_invalid_answers_is_lost_and_killed(fake: Fake, tmp_path
 
 
 @pytest.mark.parametrize("path", CALLS)
-def test_rejection_ends_the_run_and_so_do_invalid_answers_of_external_servers(
-    fake: Fake, tmp_path: Path, path: str
-) -> None:
+def test_rejection_and_invalid_answers_of_external_servers_end_the_run(fake: Fake, tmp_path: Path, path: str) -> None:
     fake.answers[path] = (400, b'{"success": false, "message": "not in this state"}')
     ours = engine_on(fake, tmp_path)
     with pytest.raises(EngineError, match=f"SGLang refused {path}.*not in this state"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -66,73 +67,55 @@ def no_transport() -> Transport:
     raise AssertionError("no weights are sent here")
 
 
-def on(slow: Slow, use: Callable[[SGLangEngine], Awaitable[None]], **changes: object) -> float:
-    """Runs `use` with an engine of the server; returns the seconds that it took."""
-
-    async def run() -> float:
-        settings = EngineSettings(**{"kind": "sglang", "max_batch": 2, **changes})  # type: ignore[arg-type]
-        shapes = {"model.embed_tokens.weight": (16, 2)}
-        routes = web.post("/generate", slow.generate), web.post("/abort_request", slow.abort)
-        async with serving(*routes) as url:
-            server = Server(None, url)
-            engine = SGLangEngine(server, settings, no_transport, shapes, torch.float32, torch.device("cpu"))
-            begun = time.monotonic()
-            await use(engine)
-            return time.monotonic() - begun
-
-    return asyncio.run(run())
+@asynccontextmanager
+async def on(slow: Slow, **changes: object) -> AsyncIterator[SGLangEngine]:
+    """An engine of the server. It must be used for less than half of WHOLE_S."""
+    settings = EngineSettings(**{"kind": "sglang", "max_batch": 2, **changes})  # type: ignore[arg-type]
+    shapes = {"model.embed_tokens.weight": (16, 2)}
+    routes = web.post("/generate", slow.generate), web.post("/abort_request", slow.abort)
+    async with serving(*routes) as url:
+        begun = time.monotonic()
+        yield SGLangEngine(Server(None, url), settings, no_transport, shapes, torch.float32, torch.device("cpu"))
+        assert time.monotonic() - begun < WHOLE_S / 2
 
 
 def ask(engine: SGLangEngine, count: int) -> list[asyncio.Future[Completion]]:
     return [asyncio.ensure_future(engine.generate((1, 2), SAMPLING)) for _ in range(count)]
 
 
-def test_at_most_max_batch_requests_are_in_flight() -> None:
+async def test_at_most_max_batch_requests_are_in_flight() -> None:
     slow = Slow()
-
-    async def use(engine: SGLangEngine) -> None:
-        done = await asyncio.gather(*ask(engine, 7))
-        assert [c.finish_reason for c in done] == ["abort"] * 7
-
-    on(slow, use, max_batch=3, request_timeout_s=0.1)
+    async with on(slow, max_batch=3, request_timeout_s=0.1) as engine:
+        assert [c.finish_reason for c in await asyncio.gather(*ask(engine, 7))] == ["abort"] * 7
     assert (slow.begun, slow.most) == (7, 3)
 
 
 @pytest.mark.parametrize("known_after_s", [0.0, 0.6])
-def test_interruption_ends_running_and_waiting_requests(known_after_s: float) -> None:
-    slow, found = Slow(known_after_s), list[Completion]()
-
-    async def use(engine: SGLangEngine) -> None:
+async def test_interruption_ends_running_and_waiting_requests(known_after_s: float) -> None:
+    slow = Slow(known_after_s)
+    async with on(slow) as engine:
         asked = ask(engine, 6)
         await asyncio.sleep(0.3)
         await engine.interrupt()
         assert slow.running == {}
-        found.extend(await asyncio.gather(*asked, engine.generate((1, 2), SAMPLING)))
+        found = await asyncio.gather(*asked, engine.generate((1, 2), SAMPLING))
         assert (engine.stats.requests, engine.stats.aborted) == (2, 0)
-
-    assert on(slow, use) < WHOLE_S / 2
     assert [c.ids.tolist() for c in found] == [[5], [5], [], [], [], [], []]
     assert {c.finish_reason for c in found} == {"abort"}
     assert slow.begun == 2
 
 
-def test_abort_is_repeated_until_the_server_knows_the_request() -> None:
-    async def use(engine: SGLangEngine) -> None:
-        (done,) = await asyncio.gather(*ask(engine, 1))
-        assert done.finish_reason == "abort"
-
-    assert on(Slow(known_after_s=0.6), use, request_timeout_s=0.1) < WHOLE_S / 2
+async def test_abort_is_repeated_until_the_server_knows_the_request() -> None:
+    async with on(Slow(known_after_s=0.6), request_timeout_s=0.1) as engine:
+        assert (await engine.generate((1, 2), SAMPLING)).finish_reason == "abort"
 
 
-def test_server_that_ignores_an_interruption_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_server_that_ignores_an_interruption_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "ABORT_GRACE_S", 0.5)
-
-    async def use(engine: SGLangEngine) -> None:
+    async with on(Slow(ignores_aborts=True)) as engine:
         asked = ask(engine, 2)
         await asyncio.sleep(0.2)
         await engine.interrupt()
         done = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(d) for d in done] == [EngineLostError] * 2
         assert "hangs" in engine.lost()
-
-    assert on(Slow(ignores_aborts=True), use) < WHOLE_S / 2

@@ -91,11 +91,8 @@ def test_revisions_are_shaped_and_grouped_with_attempts_without_std() -> None:
     assert (algo.shaping_gamma, algo.calibration.enabled, algo.normalise_std) == (0.1, False, False)
     episodes = [episode(0, [0.0, 1.0]), episode(1, [0.5])]
     samples = {s.sample_id.split("#")[1]: s for s in credit(headers_of(episodes), algo, train_critic=False).samples}
-    assert {name: s.calibrated for name, s in samples.items()} == {
-        "0/0/attempt": False,
-        "0/1/revision": True,
-        "1/0/attempt": False,
-    }
+    calibrated = {name: s.calibrated for name, s in samples.items()}
+    assert calibrated == {"0/0/attempt": False, "0/1/revision": True, "1/0/attempt": False}
     assert {name: s.advantage for name, s in samples.items()} == pytest.approx(
         {"0/0/attempt": -0.5, "0/1/revision": 0.5, "1/0/attempt": 0.0}
     )

@@ -36,10 +36,9 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     def dumped(name: str, of: Path, *more: str) -> list[str]:
         return train(folder / name, *rest, "debug.mode=from_dump", f"debug.dump={of}", *more)
 
-    first = batch(
-        folder,
-        {p: dumped(f"first_{p}", finished_run, *model, "steps=3", f"actor.precision={p}") for p in ("fp32", "bf16")},
-    )
+    three = [*model, "steps=3"]
+    runs = {p: dumped(f"first_{p}", finished_run, *three, f"actor.precision={p}") for p in ("fp32", "bf16")}
+    first = batch(folder, runs)
     assert all(ended.code == 0 for ended in first.values()), first
     imported = batch(folder, {"import": ["import", str(finished_run / "hf"), str(folder / "imported")]})
     second = folder / "first_fp32" / "checkpoints" / "step_000002"
@@ -116,10 +115,8 @@ def test_tasks_and_algorithm_may_differ_from_the_first_run(ran: Batch) -> None:
     assert not (ran.folder / "plain" / "warm_start").exists()
     first = next(row for row in rows(ran.folder / "plain") if "actor/loss" in row)
     assert abs(first["actor/kl_reference"]) <= 1e-8  # the reference model is the starting point
-    baseline = rows(ran.folder / "plain" / "baseline_grpo")
-    assert [row["heldout/critique_free"] for row in baseline[:1]] == [
-        row["heldout/critique_free"] for row in rows(ran.folder / "plain")[:1]
-    ]
+    before, baseline = (rows(ran.folder / "plain" / folder)[0] for folder in ("", "baseline_grpo"))
+    assert before["heldout/critique_free"] == baseline["heldout/critique_free"]
 
 
 def test_first_run_may_be_deleted_later(ran: Batch) -> None:
@@ -163,24 +160,21 @@ def test_start_from_accepts_a_run_its_checkpoints_or_one_checkpoint(tmp_path: Pa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["start_with_moments=true"], "start_with_moments=true needs a checkpoint: give start_from"),
-        (["start_from=nowhere"], "start_from=nowhere: no checkpoint there; give a step_NNNNNN folder"),
+        ("start_with_moments=true", "start_with_moments=true needs a checkpoint: give start_from"),
+        ("start_from=nowhere", "start_from=nowhere: no checkpoint there; give a step_NNNNNN folder"),
+        ("start_from=A run_dir=A", r"start_from \(was '', now 'A'\): .* this run resumes from its own checkpoints"),
+        ("start_from=C/checkpoints run_dir=C", "is in the run folder C itself: leave start_from empty"),
+        ("start_from=A model.path=other", "another model than model.path=other .* leave model.path empty"),
         (
-            ["start_from=A", "run_dir=A"],
-            "start_from \\(was '', now 'A'\\): .* this run resumes from its own checkpoints",
-        ),
-        (["start_from=C/checkpoints", "run_dir=C"], "is in the run folder C itself: leave start_from empty"),
-        (["start_from=A", "model.path=other"], "another model than model.path=other .* leave model.path empty"),
-        (
-            ["start_from=A", "start_with_moments=true", "optim.beta2=0.9"],
+            "start_from=A start_with_moments=true optim.beta2=0.9",
             "averages with optim.beta2=0.98, and the run has 0.9: set optim.beta2=0.98",
         ),
-        (["start_from=A", "rollout.context_tokens=2000"], "the model has 1024 positions"),
-        (["start_from=A", "actor.tensor_parallel=2", "launch.ranks=2"], "key-value heads"),
+        ("start_from=A rollout.context_tokens=2000", "the model has 1024 positions"),
+        ("start_from=A actor.tensor_parallel=2 launch.ranks=2", "key-value heads"),
     ],
 )
-def test_contradictory_settings_are_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+def test_contradictions_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run_with_checkpoint(Path("A"))
@@ -189,7 +183,7 @@ def test_contradictory_settings_are_rejected(
     Path("other").mkdir()
     Path("other/config.json").write_text(json.dumps(config(4)))
     with pytest.raises(ConfigError, match=message):
-        validate(S.load("rulebook_easy", ["run_dir=B", *overrides]))
+        validate(S.load("rulebook_easy", ["run_dir=B", *overrides.split()]))
 
 
 def test_model_path_of_the_same_model_is_accepted(tmp_path: Path) -> None:

@@ -56,11 +56,8 @@ def test_a_log_that_smolagents_itself_wrote_is_read() -> None:
     programs = [s.call.arguments["code"] for s in coded.segments if s.call]
     seen = [s.text for s in coded.segments if s.kind == "observation"]
     assert programs == ["print(stock('nails'))", "open('stock')"] and "870" in seen[0] and "open" in seen[1]
-    assert [s.text for s in coded.segments if s.kind != "observation" and not s.call] == [
-        "I look.",
-        "I open a file.",
-        "870",
-    ]
+    texts = [s.text for s in coded.segments if s.kind != "observation" and not s.call]
+    assert texts == ["I look.", "I open a file.", "870"]
 
 
 def test_results_of_smolagents_are_read(tmp_path: Path) -> None:
@@ -71,18 +68,14 @@ def test_results_of_smolagents_are_read(tmp_path: Path) -> None:
     messages = {"question": "a", "prediction": "b", "intermediate_steps": [{"role": "user", "content": "a"}]}
     path = write_jsonl(tmp_path / "runs.jsonl", [*rows, messages, {"task": "a", "steps": None}])
     whole, cut, wrong, none = readers.read(str(path))
-    assert (
-        whole.trajectory
-        and cut.trajectory
-        and whole.trajectory.segments == read_format("smolagents", tmp_path)[1].segments
-    )
+    assert whole.trajectory and cut.trajectory
+    assert whole.trajectory.segments == read_format("smolagents", tmp_path)[1].segments
     assert cut.trajectory.segments == (*whole.trajectory.segments[:-4], Segment("answer", "t9", "answer"))
     assert all("log agent.memory.get_full_steps()" in one.problem for one in (wrong, none))
 
 
 @pytest.mark.parametrize(
-    ("place", "bad"),
-    [(0, ["line 1"]), (1, ["line 2", "line 1"]), (4, ["line 5", "line 1"]), (8, ["line 9", "line 5"])],
+    ("place", "bad"), [(0, ["line 1"]), (1, ["line 2", "line 1"]), (4, ["line 5", "line 1"]), (8, ["line 9", "line 5"])]
 )
 def test_a_broken_line_costs_the_run_that_it_may_belong_to(place: int, bad: list[str], tmp_path: Path) -> None:
     lines = [json.dumps(row) for n in (1, 2) for row in oagents(n)]
@@ -90,12 +83,10 @@ def test_a_broken_line_costs_the_run_that_it_may_belong_to(place: int, bad: list
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     found = list(readers.read(str(path)))
-    assert [one.where.rpartition(", ")[2] for one in found if one.trajectory is None] == bad
-    assert len(found) - len(bad) == (2 if place == 0 else 1) and all(
-        "broken" in one.problem for one in found if one.trajectory is None
-    )
-    whole = write_jsonl(
-        tmp_path / "b.jsonl", [{"task": "q", "steps": [action(1, action_output="x", is_final_answer=True)]}]
-    )
+    unread = [one for one in found if one.trajectory is None]
+    assert [one.where.rpartition(", ")[2] for one in unread] == bad
+    assert len(found) - len(bad) == (2 if place == 0 else 1) and all("broken" in one.problem for one in unread)
+    steps = [action(1, action_output="x", is_final_answer=True)]
+    whole = write_jsonl(tmp_path / "b.jsonl", [{"task": "q", "steps": steps}])
     whole.write_text(whole.read_text() + '{"broken\n' + whole.read_text())
     assert [one.trajectory is None for one in readers.read(str(whole))] == [True, False, False]

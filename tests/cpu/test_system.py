@@ -204,16 +204,13 @@ def test_plans_that_cannot_be_read(text: str, said: str) -> None:
 
 def test_plans_thoughts_and_checks() -> None:
     plan = roles.read_plan("<plan>searcher: a: b\ncoder: c\nTHEN\ncoder: d\nthen</plan>", ("searcher", "coder"))
-    assert [[(job.agent, job.text) for job in stage] for stage in plan.stages] == [
-        [("searcher", "a: b"), ("coder", "c")],
-        [("coder", "d")],
-    ]
+    jobs = [[(job.agent, job.text) for job in stage] for stage in plan.stages]
+    assert jobs == [[("searcher", "a: b"), ("coder", "c")], [("coder", "d")]]
     assert roles.thought("<think>why</think> yes") == ("why", "yes")
     with pytest.raises(Unreadable, match="not closed"):
         roles.thought("<think>why")
-    assert [roles.score_of(t) for t in ("1 doubt", "Score: 4. Fine", "5", "12", "no", "3.5")] == [
-        1, 4, None, None, None, None,
-    ]  # fmt: skip
+    assert [roles.score_of(text) for text in ("1 doubt", "Score: 4. Fine")] == [1, 4]
+    assert [roles.score_of(text) for text in ("5", "12", "no", "3.5")] == [None] * 4
     assert roles.read_check("pass") == "" and roles.read_reflection("Enough.") == ""
     with pytest.raises(Unreadable, match="score from 1 to 4"):
         roles.read_check("<double_check>fine</double_check>")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from local_servers import Replies, serving
 
 pytest.importorskip("bm25s")
 
@@ -22,7 +23,6 @@ from icrl_megatron.distill.events import Failed, Run
 from icrl_megatron.distill.system import System, play_all
 from icrl_megatron.settings.distill_schema import DistillEndpoint, DistillSettings, SystemAgent
 from icrl_megatron.tasks.archive import asked, spelled, truth
-from icrl_megatron.types import Task
 from icrl_megatron.utils.errors import ConfigError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -55,22 +55,6 @@ def said(text: str) -> web.Response:
     return web.json_response({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage})
 
 
-async def _served(handler: Handler, settings: DistillSettings, tasks: list[Task]) -> list:
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", handler)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    settings.endpoint.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    system = System(endpoint_agents.team(settings), archive().environment, settings)
-    found: list[Run | Failed] = []
-    try:
-        await play_all(system, [(task, 0) for task in tasks], 8, found.append)
-    finally:
-        await runner.cleanup()
-    return found
-
-
 def served(
     handler: Handler,
     count: int = 1,
@@ -78,11 +62,17 @@ def served(
     agents: list[SystemAgent] | None = None,
     **at: float,
 ) -> list[Run | Failed]:
-    settings = DistillSettings(
-        endpoint=DistillEndpoint(model="m", api_key_env="KEY_OF_TEST", **at), agents=agents or [], **(bounds or {})
-    )
-    tasks = list(archive().problems("train")[:count])
-    return asyncio.run(_served(handler, settings, tasks))
+    found: list[Run | Failed] = []
+
+    async def play() -> None:
+        async with serving(web.post("/v1/chat/completions", handler)) as url:
+            endpoint = DistillEndpoint(url=f"{url}/v1", model="m", api_key_env="KEY_OF_TEST", **at)
+            settings = DistillSettings(endpoint=endpoint, agents=agents or [], **(bounds or {}))
+            system = System(endpoint_agents.team(settings), archive().environment, settings)
+            await play_all(system, [(task, 0) for task in archive().problems("train")[:count]], 8, found.append)
+
+    asyncio.run(play())
+    return found
 
 
 def test_endpoint_agents_solve_a_task_and_their_tokens_are_the_endpoints() -> None:
@@ -137,10 +127,7 @@ def test_slow_and_malformed_endpoints_cost_the_attempt() -> None:
     (failed,) = served(slow, bounds={"task_timeout_s": 0.5})
     assert isinstance(failed, Failed) and failed.kind == "time"
 
-    async def garbage(request: web.Request) -> web.Response:
-        return web.json_response({"choices": []})
-
-    (failed,) = served(garbage)
+    (failed,) = served(Replies({"choices": []}).answer)
     assert isinstance(failed, Failed) and failed.kind == "endpoint"
 
 

@@ -34,13 +34,8 @@ TOOLS = Qwen3([ToolSpec.of_text("search", "Finds passages.", "query")]).dialogue
 SYSTEM = "You are terse.\n\nAnswer <tool_call>in</tool_call> one <|im_end|> word: 東京, e\u0301."
 SHOWN = SYSTEM.replace("<|im_end|>", "")
 TASK = Task("set/train/0", "set", "train", "")
-NO_SYSTEM = byte_model.CHATML.replace(
-    "{% for m in messages %}",
-    (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        "{% for m in messages %}"
-    ),
-)
+REFUSAL = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+NO_SYSTEM = byte_model.CHATML.replace("{% for m in messages %}", REFUSAL + "{% for m in messages %}")
 """Refuses system messages, as Gemma's template does."""
 
 
@@ -109,12 +104,9 @@ def test_the_solver_reads_it_as_system_message_and_the_critic_as_part_of_the_tas
     assert tuple(second.prompt_ids) == ours.revision("go up", "down", PLAIN, "be brief")
     (critique,) = [ask for ask in asks if ask.role == "critique"]
     assert "be brief\n\ngo up" in critique.message
-    assert (
-        list(critique.prompt_ids)
-        == qwen_tokenizers.build("qwen3")
-        .apply_chat_template([{"role": "user", "content": critique.message}], add_generation_prompt=True)
-        .input_ids
-    )
+    asked = [{"role": "user", "content": critique.message}]
+    rendered = qwen_tokenizers.build("qwen3").apply_chat_template(asked, add_generation_prompt=True)
+    assert list(critique.prompt_ids) == rendered.input_ids
 
 
 @pytest.mark.parametrize(

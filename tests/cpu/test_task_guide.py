@@ -19,6 +19,7 @@ from attempts import observed
 from commands import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from odd_environments import Works
 from sandboxes import sandboxed
 
 from icrl_megatron.model.tiny import build_tokenizer
@@ -127,9 +128,8 @@ def test_the_guides_task_set_is_played(anagrams: TaskSet) -> None:
     task = anagrams.problems("train")[0]
     won = play(task, anagrams.environment, lambda ask: "it is planet")
     assert len(won.attempts) == 1 and won.attempts[0].success and won.attempts[0].outcome == 1.0
-    lost = play(
-        task, anagrams.environment, lambda ask: "market" if ask.role != "critique" else "<critic> forest </critic>"
-    )
+    wrong = {"critique": "<critic> forest </critic>"}
+    lost = play(task, anagrams.environment, lambda ask: wrong.get(ask.role, "market"))
     assert [a.success for a in lost.attempts] == [False, False] and lost.critiques[0].text == "forest"
     assert lost.attempts[0].stop_reason in ("repeated", "max_turns")
     assert not set(anagrams.problems("train")) & set(anagrams.problems("heldout"))
@@ -162,10 +162,8 @@ HOSTILE = st.one_of(
 SAID = st.one_of(HOSTILE, st.text(st.characters(), max_size=50))
 
 
-class Echo:
+class Echo(Works):
     """Says back whatever it is told: the worst an environment can do with a hostile reply."""
-
-    max_turns = 3
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -184,9 +182,6 @@ class Echo:
 
     def outcome(self) -> float:
         return 0.0
-
-    def success(self) -> bool:
-        return False
 
     def summary(self) -> str:
         return self._text
@@ -293,14 +288,13 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=sandboxed) if n == "code" else n for n in FORMS])
-def test_hostile_answers_are_judged_like_any_other(environments: dict[str, Environment], name: str) -> None:
+async def test_hostile_answers_are_judged_like_any_other(environments: dict[str, Environment], name: str) -> None:
     """Not only parsed: what is hostile stands where an answer stands, and goes the whole way."""
     talk = State("textcraft", "A")
     with serving("textcraft", state=talk) as (url, _):
         data = ServerData(train=["0:1"], heldout=["1:2"], servers=[url])
         served = registry.of_source(ServedSource("textcraft", data=data))
-
-        async def one(text: str) -> None:
+        for text in INSIDE:
             environment = environments[name]
             if name == "textcraft":
                 environment = served.environment(served.problems("train")[0])
@@ -310,9 +304,6 @@ def test_hostile_answers_are_judged_like_any_other(environments: dict[str, Envir
                 await environment.step(action)
             assert not environment.success() and environment.outcome() == 0.0
             assert len(environment.summary()) < 2000
-
-        for text in INSIDE:
-            asyncio.run(one(text))
 
 
 def test_markers_in_a_servers_observation_forge_no_turn() -> None:

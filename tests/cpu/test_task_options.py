@@ -28,7 +28,8 @@ from icrl_megatron.settings.task_sections import GameData, SearchData, ServerDat
 from icrl_megatron.tasks import registry
 from icrl_megatron.utils.errors import ConfigError
 
-PUZZLES = (
+GYM = "tasks.sources.0.name=reasoning_gym"
+LACKS = (
     "task set 'reasoning_gym' has no such option; it has data.train, data.heldout, data.grading_workers, "
     "data.grading_timeout_s"
 )
@@ -38,21 +39,12 @@ ARCHIVE = "task set 'archive' has no such option; it has agent.answer_chars, age
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tasks.sources=[{name: reasoning_gym, data: {corpus: x}}]"], f"tasks.sources.0.data.corpus: {PUZZLES}"),
-        (
-            ["tasks={sources: [{name: reasoning_gym, agent: {format: tags}}]}"],
-            f"tasks.sources.0.agent.format: {PUZZLES}",
-        ),
-        (
-            ["tasks.sources.0.name=reasoning_gym", "tasks.sources.0.serve.count=3"],
-            f"tasks.sources.0.serve.count: {PUZZLES}",
-        ),
-        (
-            ["tasks.sources.0.data={passages: 9}", "tasks.sources.0.name=reasoning_gym"],
-            f"tasks.sources.0.data.passages: {PUZZLES}",
-        ),
-        (["tasks.sources.0={name: reasoning_gym, data: {servers: [a]}}"], f"tasks.sources.0.data.servers: {PUZZLES}"),
-        (["tasks.sources.1.name=reasoning_gym", "tasks.sources.1.agent={}"], f"tasks.sources.1.agent: {PUZZLES}"),
+        (["tasks.sources=[{name: reasoning_gym, data: {corpus: x}}]"], f"tasks.sources.0.data.corpus: {LACKS}"),
+        (["tasks={sources: [{name: reasoning_gym, agent: {format: tags}}]}"], f"tasks.sources.0.agent.format: {LACKS}"),
+        ([GYM, "tasks.sources.0.serve.count=3"], f"tasks.sources.0.serve.count: {LACKS}"),
+        (["tasks.sources.0.data={passages: 9}", GYM], f"tasks.sources.0.data.passages: {LACKS}"),
+        (["tasks.sources.0={name: reasoning_gym, data: {servers: [a]}}"], f"tasks.sources.0.data.servers: {LACKS}"),
+        (["tasks.sources.1.name=reasoning_gym", "tasks.sources.1.agent={}"], f"tasks.sources.1.agent: {LACKS}"),
         (["tasks.sources.0.name=archive", "tasks.sources.0.agent.format=tags"], f"agent.format: {ARCHIVE}"),
         (["tasks.sources.0.name=archive", "tasks.sources.0.data.train=[a]"], f"data.train: {ARCHIVE}"),
         (["tasks.sources=[{name: mth, data: {train: [a]}}]"], "'mth' has no options: did you mean math?"),
@@ -70,9 +62,9 @@ def test_options_of_other_task_sets_are_rejected(overrides: list[str], message: 
 
 
 def test_wrong_option_is_rejected_before_a_model_is_loaded(tmp_path: Path) -> None:
-    words = ["tasks.sources.0.name=reasoning_gym", "tasks.sources.0.data.corpus=x", "model.path=/nowhere", "--dry-run"]
+    words = [GYM, "tasks.sources.0.data.corpus=x", "model.path=/nowhere", "--dry-run"]
     code, _, error = icrl("train", "quickstart", f"run_dir={tmp_path}", *words)
-    assert code == 2 and PUZZLES in error and list(tmp_path.iterdir()) == []
+    assert code == 2 and LACKS in error and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("step", [1, -1])

@@ -61,9 +61,7 @@ def teacher_attempt(
         for _ in range(environment.max_turns):
             reply = teacher.act(observation, critique)
             action = environment.parse(reply)
-            assert action is not None and environment.parse(action) == action, (
-                "a teacher's replies are always well-formed"
-            )
+            assert action is not None and environment.parse(action) == action, "a teacher's replies are well-formed"
             result = await environment.step(action)
             observation = result.observation
             texts += [reply, observation]
@@ -156,11 +154,7 @@ def test_rulebook_parses_strictly() -> None:
     assert environment.parse(" oak  elm fir ash\n") == "oak elm fir ash"
     for reply in ("", "oak elm fir", "oak elm fir ash yew", "oak elm fir red", "oak, elm, fir, ash", "OAK elm fir ash"):
         assert environment.parse(reply) is None
-
-
-def test_easy_rulebook_rejects_unused_answer_words() -> None:
-    task_set = registry.get("rulebook_easy")
-    environment = task_set.environment(task_set.problems("train")[0])
+    environment = registry.get("rulebook_easy").environment(registry.get("rulebook_easy").problems("train")[0])
     assert environment.parse("oak elm bay") == "oak elm bay" and environment.parse("oak elm cedar") is None
 
 
@@ -171,12 +165,8 @@ def shortest(task: Task) -> list[str]:
     """Breadth-first search in the real environment, without knowledge of homes or rooms."""
     environment = registry.environment(task)
     words = task.problem.split()
-    moves = [
-        *(f"go {r}" for r in household.ROOMS),
-        *(f"open {c}" for c in household.PLACES),
-        f"take {words[1]}",
-        f"put {words[3]}",
-    ]
+    moves = [*(f"go {r}" for r in household.ROOMS), *(f"open {c}" for c in household.PLACES)]
+    moves += [f"take {words[1]}", f"put {words[3]}"]
     queue: deque[tuple[list[str], list[str]]] = deque([([], [])])
     visited: set[tuple[str, ...]] = set()
     while queue:

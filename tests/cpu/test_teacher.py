@@ -69,10 +69,8 @@ def test_demonstration_longer_than_the_reply_limit_is_an_error(limits: dict[str,
 
 def test_calls_and_tokens_reduce_the_reward_and_calls_are_limited() -> None:
     task_set: Any = registry.get("archive")
-    prompter = Prompter(
-        build_tokenizer([*task_set.vocabulary(), *template_words("compact")]),
-        RolloutSettings(templates="compact", context_tokens=512),
-    )
+    tokenizer = build_tokenizer([*task_set.vocabulary(), *template_words("compact")])
+    prompter = Prompter(tokenizer, RolloutSettings(templates="compact", context_tokens=512))
     tasks = list(task_set.problems("train")[:40])
 
     def played(**changes: Any) -> list[Episode]:

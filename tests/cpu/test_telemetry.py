@@ -31,19 +31,13 @@ def completion(n: int) -> Completion:
 
 
 def attempt(round: int, outcome: float, lengths: tuple[int, ...] = (3, 2)) -> Attempt:
+    last = len(lengths) - 1
     turns = tuple(
-        Turn(
-            completion(n),
-            f"go north {i}",
-            None if i == 0 else "north",
-            "A wall. [red]" if i + 1 < len(lengths) else "",
-            (9,),
-        )
+        Turn(completion(n), f"go north {i}", "north" if i else None, "A wall. [red]" if i < last else "", (9,))
         for i, n in enumerate(lengths)
     )
-    return Attempt(
-        round, (1, 2, 3 + round), (1, 2, 3), turns, outcome, outcome == 1.0, "You stand outside.", "max_turns"
-    )
+    ended = (outcome, outcome == 1.0, "You stand outside.", "max_turns")
+    return Attempt(round, (1, 2, 3 + round), (1, 2, 3), turns, *ended)
 
 
 def episode(index: int, outcomes: list[float], source: str = "maze") -> Episode:

@@ -36,9 +36,7 @@ def settings(entry: str, *more: str) -> Settings:
         ),
         (
             "{name: searchqa, data: {servers: ['http://h'], request_timeout_s: 60}}",
-            "data.request_timeout_s",
-            60,
-            241.75,
+            *("data.request_timeout_s", 60, 241.75),
         ),
         ("{name: math, agent: {tools: [page], page: {timeout_s: 30}}}", "agent.page.timeout_s", 30, 60.25),
         ("{name: math, agent: {tools: [python]}, data: {grading_timeout_s: 20}}", "data.grading_timeout_s", 20, 65),

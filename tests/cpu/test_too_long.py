@@ -56,12 +56,8 @@ def test_problem_is_too_long_exactly_if_a_prompt_does_not_fit(
     prompters: dict[str, Prompter], kind: str, pieces: list[str], away: int, which: str, system: str, manual: str
 ) -> None:
     """Within three tokens of the limit of each prompt."""
-    prompter, text, task = (
-        prompters[kind],
-        " ".join(pieces).encode(errors="replace").decode(),
-        Task("t/0", "t", "train", ""),
-    )
-    critique = 5
+    prompter, text = prompters[kind], " ".join(pieces).encode(errors="replace").decode()
+    task, critique = Task("t/0", "t", "train", ""), 5
     shown = prompter.templates.opening(Opening(text, system), manual)
     needed = {
         "attempt": len(prompter.attempt(text, system=shown.system)) + 1,

@@ -96,7 +96,7 @@ def test_damage_that_is_found_during_the_run_is_a_failure(path: Path) -> None:
         (("expiry_s=-1",), "tasks.tool_cache.expiry_s=-1.0: must be a finite number, at least 0"),
     ],
 )
-def test_wrong_settings_end_before_the_run(
+def test_wrong_settings_are_refused(
     words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

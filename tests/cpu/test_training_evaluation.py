@@ -57,9 +57,7 @@ def test_evaluation_uses_the_newest_weights(rows: list[MetricsRow], finished_run
     assert result["generated_tokens"] == last["tokens/evaluation"]
 
 
-def test_later_rounds_change_nothing_about_the_first(
-    rows: list[MetricsRow], finished_run: Path, tmp_path: Path
-) -> None:
+def test_later_rounds_do_not_change_the_first(rows: list[MetricsRow], finished_run: Path, tmp_path: Path) -> None:
     start = [*from_model(finished_run), "steps=1"]
     commands = {
         "two_rounds": train(tmp_path / "two_rounds", *start, "eval.rounds=2"),

@@ -65,9 +65,9 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         texts = [Segment(agent, draw(TEXTS), "text", draw(st.booleans())) for agent in agents]
         calls = draw(st.lists(CALLS, min_size=0 if texts else 1, max_size=2))
         segments += texts
-        segments += [
-            Segment(draw(st.sampled_from([c.name, "searcher"])), "", "call", draw(st.booleans()), c) for c in calls
-        ]
+        for call in calls:
+            agent = draw(st.sampled_from([call.name, "searcher"]))
+            segments.append(Segment(agent, "", "call", draw(st.booleans()), call))
         if calls:
             segments += [Segment(call.name, draw(TEXTS), "observation", trained=False) for call in calls]
         else:
@@ -80,9 +80,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
 
 
 @given(found=st.lists(trajectories(), min_size=1, max_size=3))
-def test_what_is_written_is_read_back_exactly(
-    tmp_path_factory: pytest.TempPathFactory, found: list[Trajectory]
-) -> None:
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, found: list[Trajectory]) -> None:
     folder = tmp_path_factory.mktemp("written")
     for name in ("rows.jsonl", "rows.parquet"):
         writers.write(folder / name, found)
@@ -104,10 +102,8 @@ def test_every_format_is_told_by_its_columns(tmp_path: Path) -> None:
     assert sharegpt.tools == read_format("openai", tmp_path)[1].tools and sharegpt.system == "Be brief."
     alpaca = read_format("alpaca", tmp_path)[1]
     again = Segment("user", "Double it.\n1", "observation", trained=False)
-    assert (alpaca.problem, alpaca.segments) == (
-        "hi",
-        (Segment("assistant", "hello"), again, Segment("assistant", "2")),
-    )
+    assert alpaca.problem == "hi"
+    assert alpaca.segments == (Segment("assistant", "hello"), again, Segment("assistant", "2"))
     afm = read_format("afm", tmp_path)[1]
     web = Segment("web_search", "", "call", call=ToolCall("web_search", {"query": "p1"}))
     seen = Segment("web_search", "in t1", "observation", trained=False)
@@ -159,9 +155,8 @@ def test_broken_lines_and_unknown_columns(tmp_path: Path) -> None:
             readers.detect(str(write_jsonl(tmp_path / "c.jsonl", [row])))
     masked = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "a", "output": "<observation>b</observation>"}])
     assert "set format=afm" in next(readers.read(str(masked))).problem
-    half = write_jsonl(
-        tmp_path / "e.jsonl", [{"prompt": "a", "response": "<web_search>b</web_search><answer>c</answer>"}]
-    )
+    unanswered = {"prompt": "a", "response": "<web_search>b</web_search><answer>c</answer>"}
+    half = write_jsonl(tmp_path / "e.jsonl", [unanswered])
     assert "a call of 'web_search' without an answer" in next(readers.read(str(half))).problem
 
 
@@ -184,15 +179,12 @@ def test_answers_belong_to_the_calls_with_their_ids(ids: str, answered: str, fou
     row = openai(1)
     (call,) = row["messages"][2]["tool_calls"]
     row["messages"][2]["tool_calls"] = [{**call, "id": one.strip(".")} for one in ids]
-    answers = [
-        {"role": "tool", "tool_call_id": one.strip("."), "content": str(n)} for n, one in enumerate(answered, start=1)
-    ]
+    ids_of = [one.strip(".") for one in answered]
+    answers = [{"role": "tool", "tool_call_id": one, "content": str(n)} for n, one in enumerate(ids_of, start=1)]
     row["messages"][3:4] = answers
     (one,) = readers.read(str(write_jsonl(tmp_path / "a.jsonl", [row])))
-    seen = (
-        "".join(s.text for s in one.trajectory.segments if s.kind == "observation") if one.trajectory else one.problem
-    )
-    assert found in seen
+    segments = one.trajectory.segments if one.trajectory else ()
+    assert found in ("".join(s.text for s in segments if s.kind == "observation") or one.problem)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -238,11 +230,8 @@ SEARCHED = (
 def test_observations_and_untrained_segments_never_carry_loss(format: str) -> None:
     ours = prompter("qwen3")
     found = encode(Trajectory("t", "who?", SEARCHED, tools=(SEARCH,)), format, ours)
-    edges = [
-        0,
-        *(i for i in range(1, len(found.ids_T)) if found.trained_T[i] != found.trained_T[i - 1]),
-        len(found.ids_T),
-    ]
+    count = len(found.ids_T)
+    edges = [0, *(i for i in range(1, count) if found.trained_T[i] != found.trained_T[i - 1]), count]
     runs = [ours.decode(tuple(found.ids_T[a:b].tolist())).strip() for a, b in itertools.pairwise(edges)]
     call = '<tool_call>\n{"name": "search", "arguments": {"query": "p1"}}\n</tool_call>'
     assert runs[1] == f"<plan>look</plan>\n{call if format == 'qwen3' else '<search>p1</search>'}"

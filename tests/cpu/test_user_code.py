@@ -61,9 +61,8 @@ def test_a_task_set_is_found_in_files_and_modules(folder: Path, name: str) -> No
     write(folder / "own_package_a" / "sets.py", TASK_SET)
     plain = registry.of_source(source_of(name.format("Plain")))
     assert plain.name == "plain" and plain.problems("train")[0].problem == "train"
-    settings = apply_overrides(
-        Settings(), [f"tasks.sources.0.name={name.format('WithEntry')}", "tasks.sources.0.options={letters: 6, a: b}"]
-    )
+    chosen = [f"tasks.sources.0.name={name.format('WithEntry')}", "tasks.sources.0.options={letters: 6, a: b}"]
+    settings = apply_overrides(Settings(), chosen)
     (source,) = settings.tasks.sources
     made = registry.of_source(source)
     assert made.entry.options == {"letters": 6, "a": "b"}  # type: ignore[attr-defined]

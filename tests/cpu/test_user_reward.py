@@ -171,9 +171,7 @@ def test_a_reply_is_rewarded_in_a_process(tasks: RewardTasks) -> None:
         ("nan", BadAnswer, "returned the reward nan"),
     ],
 )
-def test_a_failure_is_no_reward_and_the_next_reply_is_played(
-    tasks: RewardTasks, reply: str, kind: type[Exception], message: str
-) -> None:
+def test_a_failure_costs_one_reply_only(tasks: RewardTasks, reply: str, kind: type[Exception], message: str) -> None:
     begun = time.monotonic()
     with pytest.raises(kind, match=message):
         play(tasks, reply)

@@ -211,9 +211,7 @@ def test_an_environment_with_tools() -> None:
         ("die", EnvironmentFailure, "killed its process"),
     ],
 )
-def test_failures_never_become_a_reward(
-    faulty: VerifiersTasks, reply: str, error: type[Exception], message: str
-) -> None:
+def test_failures_are_never_rewards(faulty: VerifiersTasks, reply: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         play(faulty, reply)
     seen, environment = play(faulty, "", "0.5", row=1)

@@ -46,9 +46,8 @@ def ran(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
     }
     ended = batch(folder, commands)
     # As the message advises: delete the checkpoints after the newest good one, and lower the learning rate.
-    found = re.search(
-        r"step_(\d+) is the newest checkpoint from before the collapse; delete those after it", ended["error"].said
-    )
+    advice = r"step_(\d+) is the newest checkpoint from before the collapse; delete those after it"
+    found = re.search(advice, ended["error"].said)
     root = folder / "error" / "checkpoints"
     for step in steps_in(root) if found else ():
         if step > int(found[1]):
@@ -62,9 +61,8 @@ def test_default_limits_depend_on_the_precision() -> None:
     assert mismatch_limits(S.load("quickstart")) == MISMATCH["fp32"] == Limits(1e-5, 1e-3, 1)
     bf16 = ["actor.precision=bf16", "engine.mismatch_limit.largest=5"]
     assert mismatch_limits(S.load("quickstart", bf16)) == Limits(MISMATCH["bf16"].mean, 5, MISMATCH["bf16"].patience)
-    quantised = mismatch_limits(
-        S.load("quickstart", [*bf16, "engine.quantization=fp8", "engine.mismatch_limit.mean=1"])
-    )
+    fp8 = [*bf16, "engine.quantization=fp8", "engine.mismatch_limit.mean=1"]
+    quantised = mismatch_limits(S.load("quickstart", fp8))
     assert (quantised.mean, quantised.largest) == (1, 5)
 
 

@@ -65,11 +65,8 @@ def played(
 ) -> tuple[list[Episode], list[DroppedEpisode], float]:
     """Plays the tasks good/0, bad/1, good/2, ...; returns episodes, dropped episodes and seconds."""
     names = [Task(f"{('good', 'bad')[i % 2]}/{i}", "set", "train", "") for i in range(tasks)]
-    setup = EpisodeSetup(
-        lambda task: bad(task) if task.task_id.startswith("bad") else Plain(task),
-        PROMPTER,
-        replace(SETTINGS, **changes),
-    )
+    environment = lambda task: bad(task) if task.task_id.startswith("bad") else Plain(task)  # noqa: E731
+    setup = EpisodeSetup(environment, PROMPTER, replace(SETTINGS, **changes))
     begun = time.monotonic()
     episodes, dropped = asyncio.run(play(names, 1, setup, lambda task, index: Speakers(Says(), Says()), Seeds(0, 0)))
     return episodes, dropped, time.monotonic() - begun
@@ -267,9 +264,7 @@ async def http_timeout() -> None:
 
 
 @pytest.mark.parametrize("limited", [timeout, http_timeout])
-def test_code_may_go_on_after_a_time_limit_of_its_own(
-    limited: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_may_have_a_time_limit_of_its_own(limited: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "GRACE_S", SHORT_GRACE_S)
 
     async def step(self: Plain, action: str) -> StepResult:

@@ -32,15 +32,9 @@ HAS_TRANSFORMER_ENGINE = bool(list(importlib.metadata.distributions(name="transf
 def config(family: str, tied: bool) -> PreTrainedConfig:
     return AutoConfig.for_model(
         family,
-        vocab_size=50,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=6,
-        tie_word_embeddings=tied,
-    )
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=6, tie_word_embeddings=tied,
+    )  # fmt: skip
 
 
 @pytest.fixture(

@@ -18,7 +18,7 @@ BLOCKING = Path(__file__).parents[1] / "blocking"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_ends_a_run_whose_tasks_hang(
+def test_sigterm_ends_a_hanging_run(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
     """Every call hangs, and the limit for a call is ten minutes."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import python
 from context_worker import LOADER, REFUSING, SAVER, TRAINED
 from grid_cases import CASES, CONTEXT_LAYOUTS, Trained, model_folder
 from grid_reference import Reference, apart, check_training
@@ -24,14 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in {CASES[case].model for cases in TRAINED.values() for case in cases}:
         make_model(model_folder(root, name), name, torch.float32)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    job = subprocess.run(
-        [sys.executable, str(WORKER), str(root)],
-        env=environment,
-        timeout=500,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    job = python(WORKER, root, env=environment, timeout=500)
     assert job.returncode == 0, job.stderr[-6000:]
     return root
 

@@ -50,15 +50,11 @@ def test_sampling_on_one_and_on_two_ranks_gives_the_same_numbers(model: Path, tm
 
 
 def test_other_critic_and_environment_servers_on_two_ranks(model: Path, tmp_path: Path) -> None:
-    words = ("--problems", "4", "--rounds", "2", "--critic", str(model.parent / "warm_start" / "hf"))
+    options = ("--problems", "4", "--rounds", "2", "--critic", str(model.parent / "warm_start" / "hf"))
     source = "tasks.sources=[{name: alfworld, data: {train: ['0:4'], heldout: ['4:8']}}]"
     serve = f"tasks.sources.0.serve.command={sys.executable} {SERVER} alfworld {{port}} {{host}}"
-    found = [
-        evaluated(
-            model, tmp_path / f"on_{ranks}", *words, source, serve, "rollout.max_turns=2", f"launch.ranks={ranks}"
-        )
-        for ranks in (1, 2)
-    ]
+    words = (*options, source, serve, "rollout.max_turns=2")
+    found = [evaluated(model, tmp_path / f"on_{ranks}", *words, f"launch.ranks={ranks}") for ranks in (1, 2)]
     assert found[0] == found[1]
     (log,) = (tmp_path / "on_2" / "logs").glob("servers.*/alfworld.0.log")
     assert log.read_text().count("POST /create") > 4

@@ -7,25 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from grid_cases import (
-    CASES,
-    GRIDS,
-    LAYOUTS,
-    MODELS,
-    ROPE,
-    SAVERS,
-    SHARD_BYTES,
-    VOCAB,
-    Trained,
-    cases_of,
-    model_folder,
-)
+from commands import python
+from grid_cases import CASES, GRIDS, LAYOUTS, MODELS, ROPE, SAVERS, SHARD_BYTES, VOCAB, Trained, cases_of, model_folder
 from grid_reference import Reference, apart, check_training
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -39,18 +27,11 @@ def make_model(folder: Path, name: str, dtype: torch.dtype) -> None:
     tiny = MODELS[name]
     config = AutoConfig.for_model(
         tiny.family,
-        vocab_size=VOCAB[name],
-        hidden_size=tiny.hidden,
-        intermediate_size=tiny.ffn,
-        num_hidden_layers=tiny.layers,
-        num_attention_heads=tiny.heads,
-        num_key_value_heads=tiny.kv_heads,
-        head_dim=tiny.head_dim,
-        max_position_embeddings=tiny.max_positions,
-        tie_word_embeddings=tiny.tie_embeddings,
-        rope_parameters=dict(ROPE[name]),
-        initializer_range=0.08,
-    )
+        vocab_size=VOCAB[name], hidden_size=tiny.hidden, intermediate_size=tiny.ffn, num_hidden_layers=tiny.layers,
+        num_attention_heads=tiny.heads, num_key_value_heads=tiny.kv_heads, head_dim=tiny.head_dim,
+        max_position_embeddings=tiny.max_positions, tie_word_embeddings=tiny.tie_embeddings,
+        rope_parameters=dict(ROPE[name]), initializer_range=0.08,
+    )  # fmt: skip
     torch.manual_seed(len(name))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -72,15 +53,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     for world in (4, 2, 1):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        job = subprocess.run(
-            [*command, str(WORKER), str(root)],
-            env=environment,
-            timeout=300,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world))
+        job = python(*command, WORKER, root, env=environment)
         assert job.returncode == 0, job.stderr[-6000:]
     return root
 

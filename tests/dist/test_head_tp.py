@@ -213,7 +213,7 @@ def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Key, dict[str
 @pytest.mark.parametrize("degree", [1, 2, 4])
 @pytest.mark.parametrize("name", list(cases()))
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
-def test_ranks_equal_one_process(
+def test_ranks_equal_one_rank(
     by_rank: list[dict[Key, dict[str, Result]]], name: str, degree: int, backend: str
 ) -> None:
     case, rows = cases()[name]

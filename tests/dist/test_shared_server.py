@@ -112,10 +112,8 @@ class Rank:
     def make(number: int, folder: Path, name: str) -> Rank:
         limit = datetime.timedelta(seconds=LIMIT_S)
         groups = [dist.new_group(list(range(WORLD)), backend="gloo", timeout=limit) for _ in range(2)]
-        group, grid = (
-            ServerGroup(groups[0], 0, LIMIT_S),
-            SimpleNamespace(rank=number, world=WORLD, host_group=groups[1]),
-        )
+        group = ServerGroup(groups[0], 0, LIMIT_S)
+        grid = SimpleNamespace(rank=number, world=WORLD, host_group=groups[1])
         events, device = folder / f"{name}.events", torch.device("cpu")
         server = Server(events)
         settings = EngineSettings(kind="sglang", sync_timeout_s=LIMIT_S, tensor_parallel=WORLD)

@@ -37,9 +37,7 @@ def place(tmp_path: Path) -> Iterator[tuple[World, Server]]:
             server.kill()
 
 
-def test_cells_are_trained_evaluated_and_read(
-    place: tuple[World, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_train_and_are_read(place: tuple[World, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, server = place
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SERVER_KEY", server.key)

@@ -49,7 +49,7 @@ def replies(played: Played) -> list[tuple[str, int, list[Completion]]]:
     ]
 
 
-def test_greedy_replies_are_the_local_engines_token_by_token(
+def test_greedy_replies_are_the_local_engines(
     server: Server, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a server that holds other weights before: an evaluation sends those of the folder that it evaluates."""

@@ -49,9 +49,7 @@ def test_requests_aborted_in_sglangs_queue_do_not_make_a_server_lost(tight: Serv
     assert engine.stats.aborted >= sum(c.finish_reason == "abort" for c in completions)
 
 
-def test_an_interruption_reaches_what_runs_what_is_queued_and_what_waits_at_the_gate(
-    tight: Server, model: Path
-) -> None:
+def test_an_interruption_reaches_running_queued_and_waiting_requests(tight: Server, model: Path) -> None:
     engine = engine_on(tight, model, engine_settings(max_batch=12))
     engine.update_weights(weights(load(model)), 1)
 
@@ -71,9 +69,7 @@ def test_an_interruption_reaches_what_runs_what_is_queued_and_what_waits_at_the_
     assert generate(engine, [(PROMPTS[0], Sampling(0.0, 4, 0, ()))])[0].ids.any()
 
 
-def test_a_cache_of_one_context_holds_one_and_a_smaller_one_is_refused(
-    tight: Server, model: Path, tmp_path: Path
-) -> None:
+def test_a_cache_holds_one_context_and_a_smaller_one_is_refused(tight: Server, model: Path, tmp_path: Path) -> None:
     engine = engine_on(tight, model, engine_settings())
     longest = [8 + i % 20 for i in range(CONTEXT - 1)]
     assert len(generate(engine, [(longest, Sampling(0.0, 1, 0, ()))])[0].ids) == 1

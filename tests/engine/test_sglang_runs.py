@@ -147,7 +147,7 @@ def test_a_frozen_critic_and_a_server_killed_twice_outside_of_steps(model: Path,
     assert {c.completion.weight_version for e in episodes for c in e.critiques} == {0}, "the critic has other weights"
 
 
-def test_servers_of_somebody_else_are_synced_over_a_group(
+def test_others_servers_are_synced_over_a_group(
     server: Server, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "remote"
@@ -175,10 +175,7 @@ def test_oversampled_steps_cut_off_the_slow_and_go_on_with_them(
     # Few at a time, so that some are in the middle when enough are complete.
     partial = ("rollout.oversample=2", "rollout.partial=true", "rollout.concurrency=5")
     partial = (*partial, "algo.mismatch_correction.enabled=true")
-    for until in (
-        STEPS - 1,
-        STEPS,
-    ):  # the second command resumes the first, with its replay logs
+    for until in (STEPS - 1, STEPS):  # the second command resumes the first, with its replay logs
         changes = (f"engine.urls=[{server.url}]", "engine.api_key_env=SERVER_KEY", *partial, f"steps={until}")
         code, _, err = icrl(*command(folder, model, *changes))
         assert code == 0, err
