@@ -23,6 +23,7 @@ from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play
 from icrl_megatron.rollout.messages import (
     Abandoned,
     Begin,
+    EngineLost,
     Forget,
     GroupEnded,
     JobResult,
@@ -244,6 +245,8 @@ class AsyncSource:
                 account.too_old += len(message.numbers)
                 account.cut_off += message.episodes
                 account.discarded += message.tokens
+            elif isinstance(message, EngineLost):
+                self._progress.log(f"engine lost, restarting it: {message.why.splitlines()[0]}")
             elif not isinstance(message, SavedGroups):  # one that came too late for its checkpoint
                 others.append(message)
         beat = self._process.take_counters()

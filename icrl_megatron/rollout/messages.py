@@ -93,6 +93,13 @@ class Heartbeat:
 
 
 @dataclass(frozen=True)
+class EngineLost:
+    """The engine is restarted. Its deaths are counted by `Heartbeat`."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class GroupEnded:
     number: int
     task_id: str
@@ -136,4 +143,6 @@ class ServiceFailed:
     failure: Failure
 
 
-FromService = Ready | Heartbeat | GroupEnded | Abandoned | Updated | JobResult | SavedGroups | ServiceFailed
+FromService = (
+    Ready | Heartbeat | EngineLost | GroupEnded | Abandoned | Updated | JobResult | SavedGroups | ServiceFailed
+)

@@ -22,6 +22,7 @@ from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_twice
 from icrl_megatron.rollout.messages import (
     Abandoned,
     Begin,
+    EngineLost,
     Forget,
     FromService,
     GroupEnded,
@@ -239,6 +240,7 @@ class RolloutService:
                 return
             self._deaths += 1
             self._heartbeat = replace(self._heartbeat, deaths=self._heartbeat.deaths + 1)
+            self._send(EngineLost(why))
             if self._deaths >= MAX_DEATHS:
                 raise EngineError(f"{self._deaths} engines were lost in one step. {why}")
             self._engine.hold()

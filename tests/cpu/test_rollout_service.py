@@ -23,6 +23,7 @@ from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.messages import (
     Begin,
+    EngineLost,
     FromService,
     GroupEnded,
     Heartbeat,
@@ -187,6 +188,7 @@ async def test_a_lost_engine_serves_only_with_the_current_weights_and_is_sent_th
         await talk.until(lambda: len(talk.ended()) == 3)
         assert set.union(*map(versions, talk.ended().values())) == {1}
         assert sum(beat.deaths for beat in talk.heard if isinstance(beat, Heartbeat)) == 1
+        assert talk.of(EngineLost) == [EngineLost("It died.")]
 
 
 @pytest.mark.parametrize("which", ["trained", "frozen"])

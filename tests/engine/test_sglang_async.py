@@ -43,8 +43,9 @@ def test_weights_arrive_in_flight_and_a_killed_server_gets_the_current_ones(mode
     tree = psutil.Process(running.pid).children(recursive=True)
     servers = [p for p in tree if any(w.endswith("sglang_start.py") for w in p.cmdline()) and port in p.cmdline()]
     os.kill(min(servers, key=lambda p: p.create_time()).pid, signal.SIGKILL)
-    code, _, err = end(running)
+    code, out, err = end(running)
     assert code == 0, err
+    assert (out + err).count("engine lost, restarting it") == 1
     done = [row for row in rows(folder) if "tokens/generated" in row]
     assert [row["step"] for row in done] == list(range(1, STEPS + 1))
     assert sum(row["staleness/lost_engines"] for row in done) == 1
