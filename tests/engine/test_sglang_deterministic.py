@@ -56,7 +56,8 @@ def command(folder: Path, model: Path, python: Path | str) -> list[str]:
         *("train", "household", f"run_dir={folder}", f"steps={STEPS}", f"model.path={model}"),
         *("warm_start.steps=0", "eval.interval=0", "eval.problems=4", "eval.control_problems=0"),
         *("rollout.tasks_per_step=2", "rollout.episodes_per_task=4", "rollout.concurrency=1"),
-        *("rollout.max_turns=3", "rollout.max_turn_tokens=8", "rollout.max_critique_tokens=8", "checkpoint.interval=1"),
+        *("rollout.max_turns=3", "rollout.max_turn_tokens=8", "rollout.max_critique_tokens=8"),
+        *("rollout.parse_truncated=true", "checkpoint.interval=1"),  # else a reply that is cut off ends its attempt
         *("algo.on_no_signal=train", "algo.max_resamples=0", "optim.learning_rate=1e-4"),
         *("engine.kind=sglang", f"engine.python={python}", FLAG),
     ]
@@ -84,7 +85,7 @@ def test_runs_are_equal_after_kills_of_the_trainer_and_the_engine(household: Pat
     expected, found = floats(whole), floats(killed)
     assert [row["step"] for row in expected] == list(range(1, STEPS + 1))
     assert len({row["actor/grad_norm"] for row in expected}) == STEPS
-    assert all(row["attempt/turns"] > 1 for row in expected)
+    assert all(row["attempt/turns"] > 1.5 for row in expected)
     assert found == expected
     assert sum(row["engine/deaths"] for row in steps(killed)) == 1
 
