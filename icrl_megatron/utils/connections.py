@@ -68,8 +68,9 @@ def open_session(connector: aiohttp.TCPConnector | None = None) -> aiohttp.Clien
 async def body(reply: aiohttp.ClientResponse, limit: int) -> bytes:
     """The whole body, decompressed.
 
-    Raises ResponseTooLongError if it has more than `limit` bytes: the connection is closed after at most `limit` bytes plus
-    one chunk were read. Raises aiohttp.ClientPayloadError if the compressed data is damaged or of an unknown type.
+    Raises ResponseTooLongError if it has more than `limit` bytes: the connection is closed after at most `limit`
+    bytes plus one chunk were read. Raises aiohttp.ClientPayloadError if the compressed data is damaged or of an
+    unknown type.
     """
     encoding = reply.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity", *_WINDOWS):
