@@ -54,8 +54,6 @@ class PublishedAsyncRun:
     waiting_s: float
     """"gen": what the trainer waits for answers."""
     update_s: float
-    synchronous_s: float
-    """The published step of the colocated synchronous run on as many GPUs."""
     fitted: bool = False
 
     @property
@@ -64,12 +62,12 @@ class PublishedAsyncRun:
 
 
 ROWS = (
-    PublishedAsyncRun(128, 0.0, 231.34, 128.47, 98.77, 356.30, fitted=True),
-    PublishedAsyncRun(128, 0.1, 171.30, 58.17, 109.12, 356.30),
-    PublishedAsyncRun(128, 0.3, 146.11, 38.88, 103.22, 356.30),
-    PublishedAsyncRun(128, 0.5, 150.63, 33.14, 113.16, 356.30),
-    PublishedAsyncRun(64, 0.5, 189.26, 28.46, 156.98, 365.28),
-    PublishedAsyncRun(32, 0.5, 294.77, 21.26, 313.81, 790.10),
+    PublishedAsyncRun(128, 0.0, 231.34, 128.47, 98.77, fitted=True),
+    PublishedAsyncRun(128, 0.1, 171.30, 58.17, 109.12),
+    PublishedAsyncRun(128, 0.3, 146.11, 38.88, 103.22),
+    PublishedAsyncRun(128, 0.5, 150.63, 33.14, 113.16),
+    PublishedAsyncRun(64, 0.5, 189.26, 28.46, 156.98),
+    PublishedAsyncRun(32, 0.5, 294.77, 21.26, 313.81),
 )
 COLOCATED_ROLLOUTS = {32: 357.41, 64: 150.72, 128: 177.85}
 """GPUs -> published seconds of the rollouts ("gen") of a colocated synchronous step."""
