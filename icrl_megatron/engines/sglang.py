@@ -219,10 +219,10 @@ class SGLangEngine:
         if self.server.spec is None:
             raise EngineError(f"{self._lost} The run cannot restart it: restart it, then run this command again.")
         self.server.kill()
-        self.server.start()
-        self.server.wait_ready()
         if self._transport is not None:
             self._transport.close()
+        self.server.start()
+        self.server.wait_ready()
         self._transport, self._lost, self._half, self._asleep = None, "", "", False
         self._version = self._garbled = 0
 

@@ -21,6 +21,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from icrl_megatron.distributed import net
 from icrl_megatron.engines.on_server import icrl_deltas
@@ -50,8 +51,6 @@ class OverGroup:
 
     def _form(self) -> None:
         """This rank is rank 0 of the group; the server's workers are 1 and up."""
-        from torch.distributed import distributed_c10d as c10d
-
         listener = net.bound(self._host)  # only on the address at which the server's workers reach this rank
         port = listener.getsockname()[1]
         size, backend = self._workers + 1, "gloo" if self._on_cpu else "nccl"
@@ -88,7 +87,9 @@ class OverGroup:
                     timeout=limit,
                 )
         except (RuntimeError, ValueError) as error:
-            raise EngineError(
+            # The run's own server may have died: it is restarted. An external one cannot be.
+            kind = EngineError if self._server.spec is None else NoAnswerError
+            raise kind(
                 f"No group for weights could be formed with {self._server.url} from {self._host}:{port} ({error}). "
                 "Each must reach the other at any port: open all ports between them, and if the server's host has "
                 "several networks, start it with GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME naming the one between them. "
@@ -126,22 +127,31 @@ class OverGroup:
         """Broadcasts the tensors while the server answers."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        works = [self._group.broadcast([tensor], options) for tensor in tensors]
+        with self._sending():
+            works = [self._group.broadcast([tensor], options) for tensor in tensors]
 
         def wait() -> None:
-            try:
+            with self._sending():
                 for work in works:
                     work.wait()
-            except RuntimeError as error:
-                raise NoAnswerError(f"Weights could not be sent to {self._server.url}: {error}") from error
             answer()
 
         return wait
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise NoAnswerError(f"Weights could not be sent to {self._server.url}: {error}") from error
 
     def close(self) -> None:
         if self._group is not None:
             with suppress(EngineError):  # the server and the group may be gone
                 self._server.post("/destroy_weights_update_group", {"group_name": self._name}, 30.0)
+            # With NCCL, a broadcast to a server that died would block the GPU for good.
+            self._group.abort()
+            c10d._world.pg_group_ranks.pop(self._group, None)
         self._threads.shutdown(wait=False)
 
 

@@ -193,7 +193,10 @@ def _for_evaluation(settings: Settings, rounds: int) -> Settings:
     if is_rank() and os.environ["WORLD_SIZE"] != "1":
         raise ConfigError("this command starts its ranks itself: run it once, with launch.ranks=N")
     require_gpu(settings.launch.device)
-    ranks = 1 if is_rank() else settings.launch.ranks
+    ranks = settings.launch.ranks
+    if settings.launch.engine_ranks:  # all of them together need not divide into engines
+        ranks -= ranks % settings.engine.tensor_parallel
+    ranks = 1 if is_rank() else ranks
     # Engines start with the weights that they keep; servers on the ranks' own GPUs take no deltas.
     sync = "full" if settings.launch.engine_ranks else settings.engine.sync
     return replace(

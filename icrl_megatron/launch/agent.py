@@ -113,15 +113,15 @@ def main(arguments: Sequence[str]) -> int:
     # Ranks inherit this until they install their own handler, so that an early signal does not kill them.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     die_with_parent()
+    received: list[int] = []
+    for number in _STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # slurm/step.sh ignores the signal on which ranks save
+            signal.signal(number, lambda number, frame: received.append(number))
     try:
         share = without_engine_ranks(AgentShare.parse(arguments))
     except ConfigError as error:
         leave_outcome(CONFIG_ERROR, str(error))
         return CONFIG_ERROR
-    received: list[int] = []
-    for number in _STOPS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # slurm/step.sh ignores the signal on which ranks save
-            signal.signal(number, lambda number, frame: received.append(number))
     try:
         listener = _bound(share)
     except OSError as error:

@@ -120,12 +120,18 @@ class Layout:
     @staticmethod
     def of(settings: Settings, gpus: int, machine: int = 0) -> Layout:
         """On `gpus` GPUs, engine ranks included, of which a machine has `machine`; 0: GPUS_A_NODE, or `launch.ranks` if
-        engines have some of these. Raises ConfigError if engines leave none of a machine."""
+        engines have some of these. Raises ConfigError if engines leave none of a machine, or have ranks of their own
+        and the machines are not whole."""
         actor, serving = settings.actor, Serving.of(settings)
         machine = machine or (settings.launch.ranks if serving.own_ranks else GPUS_A_NODE)
         training = training_of(settings, machine)
+        if serving.own_ranks and gpus % machine:
+            raise ConfigError(
+                f"launch.engine_ranks={serving.own_ranks} of the {machine} GPUs of each machine: {gpus} GPUs are not "
+                f"whole machines; plan for a multiple of {machine} with --gpus, or change launch.ranks"
+            )
         return Layout(
-            gpus=max(1, gpus - serving.own_ranks * math.ceil(gpus / machine)),
+            gpus=gpus - serving.own_ranks * (gpus // machine),
             node=training,
             tensor=actor.tensor_parallel,
             pipeline=actor.pipeline_parallel,

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
+
 from icrl_megatron.distributed import grid as grids
-from icrl_megatron.distributed import platform
+from icrl_megatron.distributed import job_size, platform
 from icrl_megatron.distributed.grid import any_rank
 from icrl_megatron.distributed.process import report_started
+from icrl_megatron.engines.engine_ranks import EngineRanks
 from icrl_megatron.settings.loading import run_folder
 from icrl_megatron.settings.schema import Settings
 from icrl_megatron.utils.disk import disk_errors
@@ -27,8 +30,11 @@ SEEN_TIMEOUT_S = 60.0
 
 @contextmanager
 def joined(settings: Settings) -> Iterator[grids.Grid]:
-    """This rank's grid, while the job holds its run folder."""
+    """This rank's grid, while the job holds its run folder. Raises ConfigError if this machine has too few GPUs for
+    ranks and engines."""
     platform.prepare(settings.launch.device)
+    if settings.launch.engine_ranks and platform.device().type == "cuda":  # a warm start does not need these GPUs yet
+        EngineRanks.of(settings, job_size.ranks_on_node(settings)).require_gpus(torch.cuda.device_count())
     grids.single_process()
     grid = grids.build(settings)
     try:

@@ -170,6 +170,8 @@ def test_all_gpus_play_in_an_evaluation() -> None:
     run = load("quickstart", [*ONE, "engine.sync=delta"])
     settings = settings_of(EvalRequest(Path("model")), run)
     assert (settings.launch.ranks, settings.launch.engine_ranks, settings.engine.sync) == (3, 0, "full")
+    odd = load("quickstart", [*ONE, "launch.ranks=5", "launch.engine_ranks=2", "engine.tensor_parallel=2"])
+    assert settings_of(EvalRequest(Path("model")), odd).launch.ranks == 4, "two engines of two GPUs"
 
 
 H100 = hardware.GPUS["h100"]
@@ -212,6 +214,9 @@ def test_plans_of_several_machines_count_the_engines_of_each() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             planned(*words)
+    for gpus in (1, 7, 10):
+        with pytest.raises(ConfigError, match=f"{gpus} GPUs are not whole machines; plan for a multiple of 8"):
+            planner.plan(load(RECIPE, SIX), gpus)
 
 
 def test_the_settings_of_a_plan_are_those_that_run() -> None:
