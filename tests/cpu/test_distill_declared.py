@@ -267,6 +267,6 @@ def test_two_attempts_in_an_environment_that_begins_anew_are_refused(shop: Path,
     model = byte_model.build(tmp_path / "model")
     words = [f"tasks.sources=[{{name: '{shop}:Shop', agent: {{format: tags}}}}]", "distill.system=model"]
     words += [f"model.path={model}", "rollout.rounds=2"]
-    with pytest.raises(ConfigError, match=r"rollout\.rounds=2.*set rollout\.rounds=1"):
+    with pytest.raises(ConfigError, match=r"rollout\.rounds=2.*use rollout\.rounds=1 in a new run"):
         command.prepare(load("any_text", words), tmp_path / "a.jsonl")
     command.prepare(load("any_text", [*words, "rollout.rounds=1"]), tmp_path / "a.jsonl")

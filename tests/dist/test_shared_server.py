@@ -52,7 +52,7 @@ class Server:
     """Records requests; ends at requests of the path `dies_of`, and delays those of `slow_at`."""
 
     events: Path
-    spec: object = field(default_factory=object)
+    spec: object = field(default_factory=lambda: SimpleNamespace(apart=False))
     url: str = "http://server"
     up: bool = True
     dies_of: str = ""
