@@ -237,7 +237,7 @@ class SGLangEngine:
         self.server.kill()
 
     def _tell_own(self, path: str, body: dict[str, Any]) -> None:
-        if self.server.spec is not None and not self.server.spec.apart:
+        if self.server.spec is not None and not self.server.spec.on_engine_ranks:
             self._tell(path, body)
 
     def _tell(self, path: str, body: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def build(request: EngineRequest) -> Engines:
     if settings.engine.urls:
         solver = _remote_engine(request, number)
     elif request.server_device is not None:
-        solver = _engine_apart(request, number, request.server_device)
+        solver = _engine_on_engine_ranks(request, number, request.server_device)
     else:
         solver = _own_engine(request, number, group, lead)
     critic = None
@@ -115,12 +115,12 @@ def _remote_engine(request: EngineRequest, number: int) -> SGLangEngine:
     return solver
 
 
-def _engine_apart(request: EngineRequest, number: int, device: torch.device) -> SGLangEngine:
+def _engine_on_engine_ranks(request: EngineRequest, number: int, device: torch.device) -> SGLangEngine:
     """Creates an engine on a server that this rank starts on engine ranks of its machine, from GPU `device` on. It gets
     weights as an external server does."""
     engine, log = request.settings.engine, request.logs / f"sglang_{number}.log"
     spec = server_spec(request.settings, request.folder, device, log, two=False)
-    spec = replace(spec, apart=True, loader=icrl_deltas.LOADER if engine.sync == "delta" else "")
+    spec = replace(spec, on_engine_ranks=True, loader=icrl_deltas.LOADER if engine.sync == "delta" else "")
     return _engine_over_group(request, Server(spec), engine, LOOPBACK)
 
 

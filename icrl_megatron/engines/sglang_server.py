@@ -47,10 +47,9 @@ _ANSWER_BYTES = 64 << 20
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_ASYNC", "ICRL_")
 """Prefixes of a rank's environment variables that would make a server consider itself a rank."""
 
-
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="server-starter")
-"""Starts servers. A server ends with the thread that started it (`parent_watch`), so this one lasts as long as the
-process: a thread of `asyncio.to_thread` may not."""
+"""Starts servers. A server ends with the thread that started it (`parent_watch`); this thread lasts as long as the
+process, which one of `asyncio.to_thread` may not."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class ServerSpec:
     first_gpu: int = 0
     keeps_weights: bool = False
     """No weights are sent: the server keeps those it started with in host memory while it sleeps."""
-    apart: bool = False
-    """It runs on engine ranks (`launch.engine_ranks`), which nothing else uses: it never sleeps."""
+    on_engine_ranks: bool = False
+    """Nothing else uses its GPUs (`launch.engine_ranks`): it never sleeps."""
     loader: str = ""
     """A function of a module in on_server/ that loads weights (--custom-weight-loader); empty: only SGLang's own."""
 
@@ -96,7 +95,7 @@ class ServerSpec:
             command += ["--sleep-on-idle"]  # otherwise its loop keeps a core busy while the actor trains
         else:
             command += ["--base-gpu-id", str(self.first_gpu)]
-            command += [] if self.apart else ["--enable-memory-saver"]
+            command += [] if self.on_engine_ranks else ["--enable-memory-saver"]
             command += ["--mem-fraction-static", str(settings.memory_fraction)]
             command += ["--enable-weights-cpu-backup"] if self.keeps_weights else []
         if kv_tokens:

@@ -168,7 +168,7 @@ class WithoutEngine:
     """Methods of a source that has no engine, and ends all episodes that it begins."""
 
     def run(self, job: Job[T] | None) -> T | None:
-        raise NotImplementedError("there is no engine to run a job on")
+        raise RuntimeError("this source generates nothing, so it cannot run a job on an engine")
 
     def unfinished(self) -> Callable[[], list[str]]:
         return list

@@ -70,7 +70,7 @@ def build_players(settings: Settings, start: Start, grid: grids.Grid, progress: 
 
 def _server_device(settings: Settings) -> torch.device | None:
     """Where the server of this rank's group runs, if it has ranks of its own."""
-    if not settings.launch.engine_ranks or settings.engine.urls:
+    if not settings.launch.engine_ranks:
         return None
     device = platform.device()
     if device.type == "cpu":

@@ -213,8 +213,8 @@ def dry_run(settings: Settings) -> str:
 
 
 class HeldoutLoss(Evaluator):
-    """Measures the held-out loss, ends the run when it stops falling, and chooses the step
-    that is exported. All ranks call each method."""
+    """Measures the held-out loss, ends the run when it stops falling, and chooses the step that is exported. All ranks
+    call each method."""
 
     def __init__(self, parts: Parts, state: RunState, heldout: Delivered, log: Callable[[str], None]) -> None:
         self._parts, self._state, self._log, warm = parts, state, log, parts.settings.warm_start

@@ -22,7 +22,7 @@ from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks import columns, published
 from icrl_megatron.tasks.agentgym_dialects import Dialect, ProtocolError, ServerReply
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable
-from icrl_megatron.tasks.datasets import given, id_range
+from icrl_megatron.tasks.datasets import entries_of, id_range
 from icrl_megatron.tasks.manuals import MANUALS
 from icrl_megatron.tasks.servers import EnvironmentServer, Pool, Refused
 from icrl_megatron.types import Split, Task
@@ -189,7 +189,7 @@ class AgentGym:
         remedy = "give a range of ids or a JSONL file with task_id"
         return [
             Task(f"{self.name}/{split}{subset}/{i}", self.name, split, json.dumps({"task": i, "prompt": i}))
-            for name in given(self.name, self._data, split, "ids", remedy, "0:2420")
+            for name in entries_of(self.name, self._data, split, "ids", remedy, "0:2420")
             for subset, i in _ids(name)
         ]
 

@@ -58,7 +58,7 @@ class DataRow:
         return f"{self.file}, line {self.number}"
 
 
-def given(name: str, data: TrainAndHeldout, split: Split, what: str, remedy: str, example: str) -> list[str]:
+def entries_of(name: str, data: TrainAndHeldout, split: Split, what: str, remedy: str, example: str) -> list[str]:
     """The entries of `data.train` or `data.heldout`. Raises ConfigError if there are none. The message says `what` they
     name, a `remedy` and an `example`."""
     if not data.of(split):
@@ -71,7 +71,7 @@ def given(name: str, data: TrainAndHeldout, split: Split, what: str, remedy: str
 def read_tasks(name: str, split: Split, data: Rows, problem: Callable[[DataRow], str]) -> list[Task]:
     """The tasks of one split, in the order of the files. `problem` turns a row into `Task.problem`, and raises
     ConfigError on an invalid row. Raises ConfigError if the settings name no file for the split."""
-    given(name, data, split, "rows", "name a JSONL or Parquet file or a folder of a Hugging Face dataset", "FILE")
+    entries_of(name, data, split, "rows", "name a JSONL or Parquet file or a folder of a Hugging Face dataset", "FILE")
     tasks: list[Task] = []
     first: dict[str, str] = {}
     repeated: list[str] = []

@@ -23,7 +23,7 @@ from icrl_megatron.tasks import agentgym_dialects as dialects
 from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment
 from icrl_megatron.tasks.agentgym_dialects import ServerReply
 from icrl_megatron.tasks.base import EnvironmentFailure, TaskSet, own_problem
-from icrl_megatron.tasks.datasets import given, id_range
+from icrl_megatron.tasks.datasets import entries_of, id_range
 from icrl_megatron.tasks.episode_process import EpisodeProcess
 from icrl_megatron.tasks.grader import Worker
 from icrl_megatron.types import Split, Task
@@ -70,7 +70,7 @@ class GameFolders:
     def problems(self, split: Split) -> Sequence[Task]:
         """Raises ConfigError if the folder does not exist or has no game that can be solved."""
         if split not in self._found:
-            folders = given(self.name, self._data, split, "games", "name folders of games", "FOLDER")
+            folders = entries_of(self.name, self._data, split, "games", "name folders of games", "FOLDER")
             self._found[split] = [task for name in folders for task in self._games(split, Path(name))]
         return self._found[split]
 

@@ -20,7 +20,7 @@ import aiohttp
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import OpenEnvSource
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable, shown
-from icrl_megatron.tasks.datasets import given
+from icrl_megatron.tasks.datasets import entries_of
 from icrl_megatron.tasks.openenv_actions import ActionForm, action_form, observation_text, reset_arguments
 from icrl_megatron.tasks.openenv_session import OpenEnvSession
 from icrl_megatron.tasks.package_environment import Rewarded, check_range
@@ -115,7 +115,7 @@ class OpenEnvTasks:
                 split,
                 json.dumps({"prompt": row, "reset": row}),
             )
-            for text in given(self.name, self._source.data, split, "problems", remedy, "0:900")
+            for text in entries_of(self.name, self._source.data, split, "problems", remedy, "0:900")
             for i, row in enumerate(reset_arguments(text))
         ]
 

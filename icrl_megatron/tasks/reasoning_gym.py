@@ -14,7 +14,7 @@ from typing import Any
 
 from icrl_megatron.agents.formats import last_tagged
 from icrl_megatron.settings.task_sections import FamilyData
-from icrl_megatron.tasks.datasets import content_hash, given
+from icrl_megatron.tasks.datasets import content_hash, entries_of
 from icrl_megatron.tasks.grader import Grader
 from icrl_megatron.tasks.single_turn import AnswerCheck, Form, SingleTurnTasks, Verdict, of_answer
 from icrl_megatron.types import Split, Task
@@ -57,7 +57,7 @@ class ReasoningGym(SingleTurnTasks):
 
     def _generate(self, split: Split, seen: set[str]) -> list[Task]:
         tasks: list[Task] = []
-        for text in given(self.name, self.data, split, "families", "name some", "chain_sum:1000:1"):
+        for text in entries_of(self.name, self.data, split, "families", "name some", "chain_sum:1000:1"):
             spec = parse(text)
             found = dataset(spec["family"], spec["count"], spec["seed"], spec["level"])
             for index in range(spec["count"]):

@@ -142,12 +142,12 @@ def test_a_server_is_led_on_its_own_machine(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_server_on_its_own_gpus_starts_there_and_never_sleeps(tmp_path: Path) -> None:
     spec = server_spec(load("quickstart", EIGHT), tmp_path, torch.device("cuda", 6), tmp_path / "log", two=False)
-    apart = replace(spec, apart=True, loader=LOADER)
-    words = apart.command(port=1)
+    own = replace(spec, on_engine_ranks=True, loader=LOADER)
+    words = own.command(port=1)
     assert words[words.index("--base-gpu-id") + 1] == "6" and words[words.index("--tp-size") + 1] == "2"
     assert words[words.index("--custom-weight-loader") + 1] == LOADER
     assert "--enable-memory-saver" in spec.command(1) and "--enable-memory-saver" not in words
-    path = apart.environment(1, "key", tmp_path)["PYTHONPATH"].split(os.pathsep)[0]
+    path = own.environment(1, "key", tmp_path)["PYTHONPATH"].split(os.pathsep)[0]
     module = LOADER.partition(".")[0]
     done = python("-c", f"import {module}; print({module}.__file__)", env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0 and done.stdout.strip() == f"{path}/{module}.py"

@@ -52,7 +52,7 @@ class Server:
     """Records requests; ends at requests of the path `dies_of`, and delays those of `slow_at`."""
 
     events: Path
-    spec: object = field(default_factory=lambda: SimpleNamespace(apart=False))
+    spec: object = field(default_factory=lambda: SimpleNamespace(on_engine_ranks=False))
     url: str = "http://server"
     up: bool = True
     dies_of: str = ""
