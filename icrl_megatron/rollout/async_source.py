@@ -1,9 +1,9 @@
 """The source of an asynchronous run: groups are played ahead, in rollout processes, while earlier ones are trained on.
 
-Groups are numbered in the run's order of tasks. At most (staleness + 1) steps' groups are begun and not trained on.
-Each step takes the oldest complete groups of all ranks; a group that began more than
-`rollout.staleness` versions ago is dropped and counted, and another one begun in its place. docs/ASYNC.md derives the
-objective.
+Groups are numbered in the run's order of tasks. At most (staleness + 1) steps' groups are begun and not trained on, and
+no more than keep the actor from waiting (`lead.py`). Each step takes the oldest complete groups of all ranks; a group
+that began more than `rollout.staleness` versions ago is dropped and counted, and another one begun in its place.
+docs/ASYNC.md derives the objective.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from icrl_megatron.distributed.grid import gather_results
 from icrl_megatron.engines.protocol import EngineError, EngineStats
 from icrl_megatron.engines.rank import Share
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play
+from icrl_megatron.rollout.lead import Lead
 from icrl_megatron.rollout.messages import (
     Abandoned,
     Begin,
@@ -61,10 +62,10 @@ class Order:
     turns: Callable[[int], int]
     """Largest number of turns in a step, counted from 0."""
 
-    def limit(self, gone: int, step: int) -> int:
-        """How many groups may have been begun when `gone` ones are trained on or dropped, for a step counted from
-        0."""
-        return gone + min(self.staleness + 1, self.steps - step) * self.per_step
+    def limit(self, gone: int, step: int, lead: int) -> int:
+        """How many groups may have been begun when `gone` ones are trained on or dropped, for a step counted from 0:
+        its own and `lead` more, but no more than the run can train on."""
+        return gone + min(self.per_step + lead, (self.steps - step) * self.per_step)
 
 
 @dataclass
@@ -109,6 +110,7 @@ class AsyncSource:
         self._process, self._share, self._order, self._episodes = process, share, order, episodes
         self._version, self._resend, self._gather = version, resend, gather
         self._progress, self._stopping = progress, stopping
+        self._lead = Lead(order.per_step, order.staleness)
         self._begun: int | None = None
         """Number of the next group; None until the first step, if no checkpoint has it."""
         self._gone = 0
@@ -138,13 +140,17 @@ class AsyncSource:
         if self._begun is None:
             self._begun = self._gone = request.seeds.step * self._order.per_step
         self._begin_restored()
+        ahead = self._begun > self._gone
         with self._progress.phase("rollout", request.needed) as bar:
             wait = SHORTEST_S
             while True:
-                self._begin(self._order.limit(self._gone, request.seeds.step))
+                self._begin(self._order.limit(self._gone, request.seeds.step, self._lead.groups))
                 reports: list[_Report] = self._meet(self._report)
                 self._gone += sum(report.gone for report in reports)
                 complete = sorted(group for report in reports for group in report.complete)
+                if ahead:
+                    self._lead.adapt(len(complete))
+                    ahead = False
                 bar.advance(min(len(complete), request.needed) - bar.done)
                 if len(complete) >= request.needed:
                     return self._take(complete[: request.needed])
