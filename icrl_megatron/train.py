@@ -55,7 +55,8 @@ def _run(settings: Settings, grid: grids.Grid, stop: StopRequest) -> int:
     early = engine_kind(settings.engine.kind).before_actor or settings.rollout.staleness > 0
     players = build.build_players(settings, start, grid, progress) if early else None
     try:
-        first = isinstance(players, Engines) and players.in_turn
+        # The same on every rank: those that lead no engine wait with the others.
+        first = settings.rollout.interleave or (isinstance(players, Engines) and players.in_turn)
         if first:
             _wait_ready(players, grid, progress)
         actor = Actor(settings, start.folder, grid, weights=start.found is None)

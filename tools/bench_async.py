@@ -2,6 +2,7 @@
 
     python tools/bench_async.py --out benchmarks/async_cpu.json
     python tools/bench_async.py --engine-python PYTHON_WITH_SGLANG      # on the real SGLang
+    python tools/bench_async.py --interleave                            # engines that sleep while the actor trains
 
 Each arm is a whole `icrl train` of the same tiny model on Rulebook problems, from the same weights, with the real actor
 and engine. In the waiting case the environment waits before each answer, with a lognormal distribution (`--median-s`,
@@ -33,6 +34,8 @@ TASKS_PER_STEP, EPISODES_PER_TASK = 8, 4
 TARGET, NEVER_SLOWER = 1.7, 0.95
 POLL_S = 0.01
 LIMIT_S = 1800.0
+MEASURED = ("rounds", "steps", "skip", "median_s", "sigma", "interleave")
+"""Arguments that the result repeats."""
 
 
 def train(folder: Path, *overrides: str) -> list[float]:
@@ -67,6 +70,8 @@ def arm(
         *("algo.mismatch_correction.enabled=true", f"rollout.staleness={staleness}", "telemetry.dump=none"),
         f"tasks.sources=[{{name: '{TASKS}:WaitingRulebook', options: {{median_s: {wait[0]}, sigma: {wait[1]}}}}}]",
     ]
+    if arguments.interleave and staleness:
+        overrides += ["rollout.interleave=true"]
     if arguments.engine_python:
         overrides += ["engine.kind=sglang", f"engine.python={arguments.engine_python}"]
     ends = train(folder, *overrides)
@@ -94,6 +99,7 @@ def main() -> None:
     parser.add_argument("--median-s", type=float, default=0.4)
     parser.add_argument("--sigma", type=float, default=1.0)
     parser.add_argument("--engine-python", default="", help="play on SGLang, with this interpreter")
+    parser.add_argument("--interleave", action="store_true", help="the engine sleeps while the actor trains")
     arguments = parser.parse_args()
     cases = {"waiting": (arguments.median_s, arguments.sigma), "no waits": (0.0, 0.0)}
     arms = sorted({0, *arguments.staleness})
@@ -135,7 +141,7 @@ def report(arguments: argparse.Namespace, runs: dict[str, list[dict[str, float]]
     Console(stderr=True).print(table)
     result = bench_schema.about() | {
         "engine": "sglang" if arguments.engine_python else "local",
-        "settings": {key: getattr(arguments, key) for key in ("rounds", "steps", "skip", "median_s", "sigma")},
+        "settings": {key: getattr(arguments, key) for key in MEASURED},
         "medians": medians,
         "runs": runs,
         "bars": bars,

@@ -48,8 +48,8 @@ class EngineRequest:
     synced: bool = True
     """Whether the trainer pushes weights before the first request. If not, the engine uses the weights in `folder`."""
     server_device: torch.device | None = None
-    """With `launch.engine_ranks`: where the server of this rank's group runs; its other GPUs follow. None: on
-    `device`."""
+    """In a rollout process that starts its server (`launch.engine_ranks`, `rollout.interleave`): where the server of
+    the rank's group runs; its other GPUs follow. None: on `device`."""
 
 
 class EngineKind:

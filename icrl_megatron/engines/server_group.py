@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from icrl_megatron.engines.protocol import EngineError
+
+if TYPE_CHECKING:
+    from icrl_megatron.distributed.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,18 @@ class ServerGroup:
     """Global rank that leads the server."""
     timeout_s: float = 1800.0
 
+    @staticmethod
+    def of(grid: Grid, servers: int, timeout_s: float) -> ServerGroup:
+        """This rank's group, if consecutive ranks share one of `servers` servers. Collective over all ranks."""
+        import torch.distributed as dist  # lazy, so that engine kinds can be imported without torch
+
+        size, mine = grid.world // servers, None
+        for first in range(0, grid.world, size) if size > 1 else ():
+            ranks = list(range(first, first + size))
+            group = dist.new_group(ranks, backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            mine = group if grid.rank in ranks else mine
+        return ServerGroup(mine, grid.rank // size * size, timeout_s)
+
     def barrier(self) -> None:
         """Returns once every rank has called it, so that GPU memory is taken only after it was released.
 
@@ -28,7 +43,7 @@ class ServerGroup:
         """
         if self.handle is None:
             return
-        import torch.distributed as dist  # lazy, so that engine kinds can be imported without torch
+        import torch.distributed as dist
 
         try:
             dist.monitored_barrier(self.handle, datetime.timedelta(seconds=self.timeout_s))

@@ -8,7 +8,6 @@ are not those of its group.
 
 from __future__ import annotations
 
-import datetime
 import os
 import socket
 import urllib.parse
@@ -18,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 
-from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.engines.flat_buffer import Shapes
 from icrl_megatron.engines.kind import EngineRequest, server_share
 from icrl_megatron.engines.on_server import icrl_deltas
@@ -51,8 +48,10 @@ def build(request: EngineRequest) -> Engines:
     in_turn = _in_turn(request)
     share, limit_s = server_share(settings, grid.rank, grid.world), settings.launch.timeout_s
     lead = lead_rank(grid.rank, grid.world, share.count)
-    group = _group(grid, share.count, limit_s) if in_turn else None
-    server_group = ServerGroup(group, lead, limit_s)
+    # A rollout process has no other ranks; those that train form the group themselves (`run/build.py`).
+    together = in_turn and request.server_device is None
+    server_group = ServerGroup.of(grid, share.count, limit_s) if together else ServerGroup(lead=lead)
+    group = server_group.handle
     if (number := share.index) is None:
         tensor, sync_s = settings.engine.tensor_parallel, settings.engine.sync_timeout_s
         offers = SharedMemory(None, tensor, group, lead, sync_s) if group else None
@@ -60,7 +59,7 @@ def build(request: EngineRequest) -> Engines:
         return Engines(Follower(sink, offers), None, None, share, in_turn, server_group)
     if settings.engine.urls:
         solver = _remote_engine(request, number)
-    elif request.server_device is not None:
+    elif request.server_device is not None and settings.launch.engine_ranks:
         solver = _engine_on_engine_ranks(request, number, request.server_device)
     else:
         solver = _own_engine(request, number, group, lead)
@@ -78,7 +77,9 @@ def build(request: EngineRequest) -> Engines:
 
 def _in_turn(request: EngineRequest) -> bool:
     """Whether servers have to start one after another because they share GPUs with the actor or with each other."""
-    if request.device.type != "cuda" or request.settings.engine.urls or request.server_device is not None:
+    settings, device = request.settings, request.server_device or request.device
+    elsewhere = settings.engine.urls or (request.server_device is not None and settings.launch.engine_ranks)
+    if device.type != "cuda" or elsewhere:
         return False
     shared = request.synced or request.critic is not None
     if shared and "expandable_segments:True" in _allocator_settings():
@@ -92,7 +93,8 @@ def _in_turn(request: EngineRequest) -> bool:
 def _own_engine(request: EngineRequest, number: int, group: Any, lead: int) -> SGLangEngine:
     """Creates an engine on a server that this rank starts."""
     settings, log = request.settings, request.logs / f"sglang_{number}.log"
-    spec = server_spec(settings, request.folder, request.device, log, two=request.critic is not None)
+    device = request.server_device or request.device
+    spec = server_spec(settings, request.folder, device, log, two=request.critic is not None)
     # Servers that share a GPU sleep in turn when they start, and without a sync no weights are pushed afterwards.
     server = Server(replace(spec, keeps_weights=not request.synced and request.critic is not None))
 
@@ -197,17 +199,6 @@ def _close_update(server: Server, timeout_s: float) -> None:
     except EngineError as error:
         if "no weight-update session" not in str(error):
             raise ConfigError(f"engine.urls: {error}") from error
-
-
-def _group(grid: Grid, servers: int, timeout_s: float) -> Any:
-    """The gloo group of the ranks that share this rank's server; None if each rank has its own server."""
-    size, mine = grid.world // servers, None
-    if size > 1:
-        for first in range(0, grid.world, size):
-            ranks = list(range(first, first + size))
-            group = dist.new_group(ranks, backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
-            mine = group if grid.rank in ranks else mine
-    return mine
 
 
 def _address(url: str) -> str:

@@ -37,17 +37,19 @@ SPLIT_ON = 64
 """GPUs on which the split between engines and trainer is chosen."""
 ASSUMED = (
     "simulated, not measured. Workload, decoding, training and weight sync are the planner's (docs/PLANNER.md); the "
-    "batch grows with the GPUs. Staleness 0: all GPUs play, then all train. Above 0: actor and engines have GPUs of "
-    f"their own, split as is fastest on {SPLIT_ON} GPUs at staleness {STALENESS[-1]}, in whole nodes above "
-    f"{GPUS_A_NODE} GPUs; engines pause for the whole weight sync and prefill their caches again. Idle: "
-    "neither training nor an engine with a request, so an engine that decodes one last request is busy. Weight "
-    "sync and offloading are idle. Not checked: memory of the split."
+    "batch grows with the GPUs. Staleness 0: all GPUs play, then all train. Above 0: actor and engines take turns on "
+    "all GPUs (rollout.interleave), or have GPUs of their own (launch.engine_ranks), split as is fastest on "
+    f"{SPLIT_ON} GPUs at staleness {STALENESS[-1]}, in whole nodes above {GPUS_A_NODE} GPUs; engines pause for the "
+    "whole weight sync and prefill their caches again. Idle: neither training nor an engine with a request, so an "
+    "engine that decodes one last request is busy. Weight sync and offloading are idle. Not checked: memory of the "
+    "split."
 )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A mode on a number of GPUs. `engine_gpus` are all GPUs for the synchronous mode."""
+    """A mode on a number of GPUs. `engine_gpus` are all GPUs if they also train: in the synchronous mode, and with
+    `rollout.interleave`."""
 
     gpus: int
     staleness: int
@@ -106,23 +108,24 @@ def _kv_tokens(plan: Plan) -> float:
 def _run(
     settings: Settings, plan: Plan, staleness: int, engine_gpus: int, times: timing.Times, engines: EnginePool
 ) -> Prediction:
-    gpus, colocated = plan.layout.gpus, staleness == 0
+    gpus = plan.layout.gpus
+    colocated = engine_gpus == gpus
     training = sum(s for name, s in times.phases.items() if name not in (*GROUPS["rollout"], "sync", "offload"))
     between = times.phases["sync"] + times.phases["offload"]
     steps, skip = steps_of(staleness)
-    trainer = Trainer(settings.rollout.tasks_per_step, fixed_s=training, sync_s=between)
+    trainer = Trainer(settings.rollout.tasks_per_step, training, sync_s=between, on_engine_gpus=colocated)
     out: SimulatedOutcome = simulate(engines, trainer, LeadRule(steps, staleness), groups_of(settings))
     trained_on = gpus if colocated else gpus - engine_gpus
     idle = out.idle(skip, engines.count, engine_gpus // engines.count, trained_on, colocated)
     return Prediction(gpus, staleness, engine_gpus, out.step_s(skip), out.waited_s(skip), idle, out.dropped / out.begun)
 
 
-def _synchronous(settings: Settings, plan: Plan) -> Prediction:
+def _colocated(settings: Settings, plan: Plan, staleness: tuple[int, ...]) -> list[Prediction]:
     engines = engines_of(plan.shape, plan.layout, plan.gpu, _kv_tokens(plan), settings.rollout.concurrency)
-    return _run(settings, plan, 0, plan.layout.gpus, plan.times, engines)
+    return [_run(settings, plan, k, plan.layout.gpus, plan.times, engines) for k in staleness]
 
 
-def _asynchronous(settings: Settings, plan: Plan, staleness: tuple[int, ...], engine_gpus: int) -> list[Prediction]:
+def _apart(settings: Settings, plan: Plan, staleness: tuple[int, ...], engine_gpus: int) -> list[Prediction]:
     """`plan` is that of all GPUs."""
     shape, gpu, passes = plan.shape, plan.gpu, Passes.of(settings.algo)
     actor = plan.layout.but(gpus=plan.layout.gpus - engine_gpus)
@@ -167,13 +170,13 @@ def predict(
             "--async: engine.urls, engine.servers and rollout.critic=frozen are not simulated; leave them out"
         )
     bigger, plan = _at(settings, split_on, gpu)
-    tried = [_asynchronous(bigger, plan, STALENESS[-1:], e)[0] for e in splits(split_on, plan.layout)]
+    tried = [_apart(bigger, plan, STALENESS[-1:], e)[0] for e in splits(split_on, plan.layout)]
     share = min(tried, key=lambda one: one.step_s).engine_gpus / split_on
     found: list[Prediction] = []
     for gpus in counts_of_gpus:
         bigger, plan = _at(settings, gpus, gpu)
         engine_gpus = min(splits(gpus, plan.layout), key=lambda e: abs(e / gpus - share))
-        found += [_synchronous(bigger, plan), *_asynchronous(bigger, plan, STALENESS[1:], engine_gpus)]
+        found += _colocated(bigger, plan, STALENESS) + _apart(bigger, plan, STALENESS[1:], engine_gpus)
     return found
 
 
@@ -186,7 +189,7 @@ def show(found: list[Prediction], console: Console) -> None:
     )
     for one in found:
         base = next(other for other in found if other.gpus == one.gpus and other.staleness == 0)
-        split = f"{one.engine_gpus} : {one.gpus - one.engine_gpus}" if one.staleness else "all"
+        split = f"{one.engine_gpus} : {one.gpus - one.engine_gpus}" if one.engine_gpus < one.gpus else "all"
         numbers = f"{one.step_s:.0f} s", f"{max(0.0, one.waited_s):.0f} s", f"{one.idle:.0%}", f"{one.dropped:.1%}"
         table.add_row(str(one.gpus), str(one.staleness), split, *numbers, f"{base.step_s / one.step_s:.2f}")
     console.print(table)

@@ -64,6 +64,8 @@ class Trainer:
     """Seconds for each generated token of the step's groups."""
     sync_s: float = 0.0
     parts: int = 1
+    on_engine_gpus: bool = False
+    """Whether the engines also pause while it trains (`rollout.interleave`)."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +335,10 @@ class _Simulation:
         seconds = trainer.fixed_s / trainer.parts + trainer.token_s * sum(group.tokens for group in groups)
         self._spent += seconds
         self._trained += needed
+        if trainer.on_engine_gpus:
+            for index, engine in enumerate(self._engines):
+                engine.stall(now, seconds, working=False)
+                self._schedule(index)
         self._push(now + seconds, self._updated)
 
     def _updated(self, now: float) -> None:

@@ -55,6 +55,11 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Sleep:
+    """Pause the requests, and release the engine's memory until the next update (`rollout.interleave`)."""
+
+
+@dataclass(frozen=True)
 class RunJob:
     """Play a job with the current weights, beside the groups."""
 
@@ -71,7 +76,7 @@ class StopRollouts:
     """The run was asked to stop: calls of environments may block only for a short time."""
 
 
-ToService = Begin | Forget | Update | RunJob | Save | StopRollouts
+ToService = Begin | Forget | Update | Sleep | RunJob | Save | StopRollouts
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,11 @@ class Updated:
 
 
 @dataclass(frozen=True)
+class Asleep:
+    """The engine has released its memory."""
+
+
+@dataclass(frozen=True)
 class JobResult:
     value: Any
 
@@ -144,5 +154,5 @@ class ServiceFailed:
 
 
 FromService = (
-    Ready | Heartbeat | EngineLost | GroupEnded | Abandoned | Updated | JobResult | SavedGroups | ServiceFailed
+    Ready | Heartbeat | EngineLost | GroupEnded | Abandoned | Updated | Asleep | JobResult | SavedGroups | ServiceFailed
 )

@@ -21,6 +21,7 @@ from icrl_megatron.engines.rank import Engines
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_twice
 from icrl_megatron.rollout.messages import (
     Abandoned,
+    Asleep,
     Begin,
     EngineLost,
     Forget,
@@ -32,6 +33,7 @@ from icrl_megatron.rollout.messages import (
     RunJob,
     Save,
     SavedGroups,
+    Sleep,
     StopRollouts,
     ToService,
     Update,
@@ -108,6 +110,9 @@ class RolloutService:
         self._recovery: asyncio.Task[None] | None = None
         self._weights = asyncio.Event()
         """Set while the engine has the current weights."""
+        self._awake = asyncio.Event()
+        """Cleared while the actor may use the engine's memory."""
+        self._awake.set()
         self._changing = 0
         """Updates and restarts that have not ended. None of them may let requests through while another is running."""
         engine.hold()
@@ -143,6 +148,8 @@ class RolloutService:
                     held.playing.cancel()
         elif isinstance(message, Update):
             await self._update(message)
+        elif isinstance(message, Sleep):
+            await self._sleep()
         elif isinstance(message, RunJob):
             self._job(self._run(message.job))
         elif isinstance(message, Save):
@@ -205,6 +212,7 @@ class RolloutService:
         with self._change():
             await self._engine.pause()
             await self._in_thread(lambda: self._install(message))
+            self._awake.set()
             if message.version != self._version:
                 self._version, self._deaths = message.version, 0
             self._heartbeat = replace(self._heartbeat, needs_weights=False)
@@ -213,6 +221,15 @@ class RolloutService:
         self._send(Updated(message.version))
         oldest = self._version - self._playing.staleness
         self._abandon([n for n, of in self._held.items() if of.version is not None and of.version < oldest])
+
+    async def _sleep(self) -> None:
+        """Environments go on; requests wait for the next update."""
+        self._awake.clear()
+        self._weights.clear()
+        with self._change():
+            await self._engine.pause()
+            await self._in_thread(self._engine.sleep)
+        self._send(Asleep())
 
     def _abandon(self, numbers: list[int]) -> None:
         """Ends groups that are too old. Those that have ended already are the trainer's to drop."""
@@ -235,6 +252,7 @@ class RolloutService:
 
     async def _recover(self) -> None:
         try:
+            await self._awake.wait()  # a server that starts needs the memory that the actor uses
             why = self._engines.lost()
             if not why:  # another episode's request has failed later than the restart
                 return

@@ -29,11 +29,13 @@ from icrl_megatron.engines.flat_buffer import FlatBuffer, Placed, Shapes, sizes
 from icrl_megatron.engines.protocol import EngineError, NeverSleeps
 from icrl_megatron.rollout.channel import Channel
 from icrl_megatron.rollout.messages import (
+    Asleep,
     FromService,
     Heartbeat,
     Ready,
     ServiceFailed,
     Setup,
+    Sleep,
     ToService,
     Update,
     Updated,
@@ -243,6 +245,23 @@ class RolloutProcess(NeverSleeps):
             self.send(Update(version, stored))
         for _ in stream:  # gathering is collective
             pass
+
+    def sleep(self) -> None:
+        """With `rollout.interleave`, returns when the engine has released its memory. A process whose engine does not
+        do so in time is killed, with the engine: it is restarted when the next step plays."""
+        settings = self._setup.settings
+        if not settings.rollout.interleave:
+            return
+        limit = settings.engine.sync_timeout_s
+        if self._previous_taken():
+            self.send(Sleep())
+            if self.wait_for(Asleep, limit) is not None:
+                return
+        if not self.lost() and self._failure is None:
+            self._log(
+                f"the engine did not release its memory within engine.sync_timeout_s={limit:g} s; its process is killed"
+            )
+        self.kill()
 
     def _previous_taken(self) -> bool:
         limit = self._setup.settings.engine.sync_timeout_s

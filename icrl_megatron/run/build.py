@@ -16,6 +16,7 @@ from icrl_megatron.engines.engine_ranks import EngineRanks
 from icrl_megatron.engines.protocol import Verifiable
 from icrl_megatron.engines.rank import Engines, Share
 from icrl_megatron.engines.registry import engine_kind
+from icrl_megatron.engines.server_group import ServerGroup
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.shape import ModelShape
 from icrl_megatron.model.weights import Gatherer
@@ -69,10 +70,12 @@ def build_players(settings: Settings, start: Start, grid: grids.Grid, progress: 
 
 
 def _server_device(settings: Settings) -> torch.device | None:
-    """Where the server of this rank's group runs, if it has ranks of its own."""
+    """Where the server of this rank's group runs, if a rollout process starts it."""
+    device = platform.device()
+    if settings.rollout.interleave:
+        return device
     if not settings.launch.engine_ranks:
         return None
-    device = platform.device()
     if device.type == "cpu":
         return device
     ranks = EngineRanks.of(settings, job_size.ranks_on_node(settings))
@@ -82,6 +85,12 @@ def _server_device(settings: Settings) -> torch.device | None:
 def weight_sync(settings: Settings, gatherer: Gatherer, engines: Players | None, shape: ModelShape) -> WeightSync:
     """The object that pushes the actor's weights. The first push that reaches every engine is verified, if the engines
     support it."""
+    if settings.rollout.interleave:
+        grid, kind = gatherer.grid, engine_kind(settings.engine.kind)
+        servers = kind.share(settings, grid.rank, grid.world).count
+        group = ServerGroup.of(grid, servers, settings.launch.timeout_s)
+        assert not isinstance(engines, Engines)
+        return WeightSync(gatherer, engines or NoEngine(), barrier=group.barrier)
     if engines is None:
         return WeightSync(gatherer, NoEngine())
     if isinstance(engines, RolloutProcess):  # it verifies them itself

@@ -38,6 +38,11 @@ def _check_partial(settings: Settings) -> None:
 def _check_staleness(settings: Settings) -> None:
     rollout, engine = settings.rollout, settings.engine
     if not rollout.staleness:
+        if rollout.interleave:
+            raise ConfigError(
+                "rollout.interleave=true has no effect with rollout.staleness=0: every episode ends before the actor "
+                "trains; set it to false, or rollout.staleness=1"
+            )
         if engine.keep_cache:
             raise ConfigError(
                 "engine.keep_cache=true has no effect with rollout.staleness=0: the cache is flushed while the actor "
@@ -62,18 +67,47 @@ def _check_staleness(settings: Settings) -> None:
             f"{given}: the weights of engine.kind={engine.kind} cannot change while its requests are unfinished; use "
             "engine.kind=sglang, or set rollout.staleness=0"
         )
+    if rollout.interleave:
+        _check_interleave(settings)
     check_own_gpus(settings, settings.launch.device)
 
 
-def check_own_gpus(settings: Settings, device: str) -> None:
-    """Raises ConfigError if an asynchronous run on this device ("cpu", "cuda" or "auto") would share its GPUs with the
-    engine."""
-    apart = settings.engine.urls or settings.launch.engine_ranks
-    if settings.rollout.staleness and device == "cuda" and not apart:
+def _check_interleave(settings: Settings) -> None:
+    rollout, engine = settings.rollout, settings.engine
+    apart = "engine.urls" if engine.urls else "launch.engine_ranks" if settings.launch.engine_ranks else ""
+    if apart:
         raise ConfigError(
-            f"rollout.staleness={settings.rollout.staleness}: the engine would need the GPUs that the actor trains on; "
-            "give SGLang some of the GPUs with launch.engine_ranks, name servers on others in engine.urls, or set "
-            "rollout.staleness=0"
+            f"rollout.interleave=true with {apart}: these engines do not use the actor's GPUs, and need not sleep "
+            "while it trains; set it to false"
+        )
+    if engine.keep_cache:
+        raise ConfigError(
+            "engine.keep_cache=true with rollout.interleave=true: an engine that sleeps has no cache to keep; set "
+            "engine.keep_cache=false"
+        )
+    if rollout.critic == "frozen":
+        raise ConfigError(
+            "rollout.interleave=true with rollout.critic=frozen: the requests of a frozen critic are not cut off, so "
+            "its engine cannot sleep; set rollout.interleave=false"
+        )
+
+
+def check_own_gpus(settings: Settings, device: str) -> None:
+    """Raises ConfigError if, on this device ("cpu", "cuda" or "auto"), the engine of an asynchronous run would need the
+    actor's GPUs at the same time as the actor."""
+    rollout, engine = settings.rollout, settings.engine
+    if not rollout.staleness or device != "cuda":
+        return
+    if rollout.interleave and engine_kind(engine.kind).gpu_memory(engine) != "a fraction":
+        raise ConfigError(
+            f"rollout.interleave=true with engine.kind={engine.kind}: it runs in a process of its own, without a GPU; "
+            "use engine.kind=sglang, or set rollout.staleness=0 and rollout.interleave=false"
+        )
+    if not (rollout.interleave or engine.urls or settings.launch.engine_ranks):
+        raise ConfigError(
+            f"rollout.staleness={rollout.staleness}: the engine would need the GPUs that the actor trains on; give "
+            "SGLang some of the GPUs with launch.engine_ranks, name servers on others in engine.urls, let the two take "
+            "turns with rollout.interleave=true, or set rollout.staleness=0"
         )
 
 

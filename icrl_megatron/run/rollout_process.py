@@ -106,8 +106,8 @@ async def _serve(of: Setup, connection: Connection, weights: SharedWeights, stop
 
 
 class _Installing:
-    """Gives weights to the engine. The first ones that it takes are compared with those that it has then, if it can be
-    asked for them."""
+    """Gives weights to the engine, and wakes it if it sleeps. The first ones that it takes are compared with those that
+    it has then, if it can be asked for them."""
 
     def __init__(self, settings: Settings, engines: Engines, weights: SharedWeights, shape: ModelShape) -> None:
         self._engines, self._weights, self._shape = engines, weights, shape
@@ -115,7 +115,9 @@ class _Installing:
 
     def install(self, update: Update) -> None:
         trained = self._engines.trained
+        trained.wake_weights()
         trained.update_weights(self._weights.read(update.tensors), update.version)
+        trained.wake()
         if not self._verified and isinstance(trained, Verifiable):
             self._verified = trained.verify(self._weights.read(update.tensors), self._shape)
 

@@ -91,6 +91,9 @@ class RolloutSettings:
     """Rollouts run at the same time as training, and a group may have begun up to this many steps before the step that
     trains on it (docs/ASYNC.md). Needs `algo.mismatch_correction`. 0: a step's episodes are played before it is
     trained."""
+    interleave: bool = False
+    """With `staleness`, for engines on the actor's GPUs: they sleep while a step is trained, and unfinished episodes
+    continue afterwards (docs/ASYNC.md)."""
     turn_stages: list[TurnStage] = field(default_factory=list)
     """Lower limits than `max_turns` for the first steps of training, in order, e.g. [{until_step: 100, turns: 10},
     {until_step: 200, turns: 20}] (ScalingInter-RL, docs/BASELINES.md). Evaluations use `max_turns`. Empty: none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from icrl_megatron.rollout.async_source import Order
 from icrl_megatron.rollout.open_group import OpenGroup, begun_line, group_lines, read, share_of
 from icrl_megatron.rollout.replay import Logged, ReplayLog
 from icrl_megatron.run.checks import validate_settings
+from icrl_megatron.run.rollout_checks import check_own_gpus
 from icrl_megatron.settings.loading import load
 from icrl_megatron.types import Completion, Task
 from icrl_megatron.utils.errors import ConfigError
 
 CORRECTED = "algo.mismatch_correction.enabled=true"
+INTERLEAVED = ["rollout.staleness=1", CORRECTED, "rollout.interleave=true"]
+REMOTE = ["engine.kind=sglang", "engine.urls=[http://h:1]"]
 
 
 class NotPausable(EngineKind):
@@ -38,6 +42,11 @@ KIND = NotPausable()
         (["rollout.staleness=65", CORRECTED], "rollout.staleness"),
         (["rollout.staleness=-1"], "rollout.staleness"),
         (["engine.keep_cache=true"], "engine.keep_cache"),
+        (["rollout.interleave=true"], "rollout.staleness=1"),
+        ([*INTERLEAVED, *REMOTE], r"engine\.urls.*set it to false"),
+        ([*INTERLEAVED, "engine.keep_cache=true"], "engine.keep_cache=false"),
+        ([*INTERLEAVED, "rollout.critic=frozen"], r"rollout\.interleave=false"),
+        ([*INTERLEAVED, "launch.device=cuda"], r"engine\.kind=sglang"),
     ],
 )
 def test_wrong_combinations_have_a_remedy(overrides: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,8 +55,16 @@ def test_wrong_combinations_have_a_remedy(overrides: list[str], said: str, monke
         validate_settings(load("rulebook_easy", overrides))
 
 
-def test_an_asynchronous_run_is_accepted() -> None:
-    validate_settings(load("rulebook_easy", ["rollout.staleness=4", CORRECTED]))
+@pytest.mark.parametrize("overrides", [["rollout.staleness=4", CORRECTED], INTERLEAVED])
+def test_an_asynchronous_run_is_accepted(overrides: list[str]) -> None:
+    validate_settings(load("rulebook_easy", overrides))
+
+
+def test_engines_on_the_actors_gpus_take_turns_with_it() -> None:
+    settings = load("rulebook_easy", [*INTERLEAVED, "engine.kind=sglang"])
+    check_own_gpus(settings, "cuda")
+    with pytest.raises(ConfigError, match=r"rollout\.interleave=true"):
+        check_own_gpus(replace(settings, rollout=replace(settings.rollout, interleave=False)), "cuda")
 
 
 def group(number: int) -> OpenGroup:

@@ -75,6 +75,17 @@ def test_asynchronous_step_is_the_slower_of_both(rollout_s: float, step_s: float
     assert out.idle(4, 1, 1, 1, colocated=False) == pytest.approx(1 - (rollout_s + 3.0) / (2 * step_s))
 
 
+@pytest.mark.parametrize(("tokens", "wait_s", "apart_s", "together_s"), [(200, 0.0, 7.0, 8.0), (90, 2.0, 7.0, 7.0)])
+def test_engines_on_the_trainers_gpus_pause_while_it_trains(
+    tokens: float, wait_s: float, apart_s: float, together_s: float
+) -> None:
+    """The first group ends after 1 s, and training takes 3 s. The second group's decoding pauses; its wait does not."""
+    groups = [constant(100, episodes=1)(0), constant(tokens, episodes=1, wait_s=wait_s)(1)]
+    for together, end_s in ((False, apart_s), (True, together_s)):
+        trainer = Trainer(1, fixed_s=3.0, on_engine_gpus=together)
+        assert simulate(ONE, trainer, LeadRule(2, 1), lambda n: groups[n]).steps[-1].end_s == pytest.approx(end_s)
+
+
 def test_synchronous_step_waits_for_the_longest_episode() -> None:
     group = long_tailed()
     out = simulate(EnginePool(2, DecodeSpeed(fixed_s=0.01)), Trainer(5, fixed_s=1.0), LeadRule(3), group)
@@ -183,9 +194,13 @@ def test_settings_that_could_not_end_are_refused(setup: EnginePool, trainer: Tra
 def test_the_8b_recipe_waits_less_with_more_staleness() -> None:
     settings = settings_module.load("qwen3_8b_alfworld_4xh100", [])
     found = async_plan.predict(settings, H100, (8,), split_on=8)
-    assert [one.staleness for one in found] == [0, 1, 2, 4]
+    assert [(one.staleness, one.engine_gpus == one.gpus) for one in found] == [
+        *((0, True), (1, True), (2, True), (4, True)),
+        *((1, False), (2, False), (4, False)),
+    ]
     assert found[-1].step_s < found[0].step_s
-    assert all(later.waited_s <= earlier.waited_s + 1 for earlier, later in pairwise(found))
+    for one_mode in (found[:4], [found[0], *found[4:]]):
+        assert all(later.waited_s <= earlier.waited_s + 1 for earlier, later in pairwise(one_mode))
     assert all(0 <= one.idle < 1 and one.dropped < 0.1 for one in found)
     with pytest.raises(ConfigError, match="frozen"):
         async_plan.predict(settings_module.load("qwen3_8b_alfworld_4xh100", ["rollout.critic=frozen"]), H100)

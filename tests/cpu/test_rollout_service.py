@@ -22,6 +22,7 @@ from icrl_megatron.engines.rank import ONE_RANK, Engines
 from icrl_megatron.model.tiny import build_tiny
 from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.messages import (
+    Asleep,
     Begin,
     EngineLost,
     FromService,
@@ -29,6 +30,7 @@ from icrl_megatron.rollout.messages import (
     Heartbeat,
     Save,
     SavedGroups,
+    Sleep,
     ToService,
     Update,
     Updated,
@@ -128,6 +130,7 @@ async def talking(folders: list[Path], frozen: Mortal | None = None, staleness: 
         talk.installing()
         weights = load_file(folders[(update.version - 1) % len(folders)] / "model.safetensors")
         engine.update_weights(weights.items(), update.version)
+        engine.wake()
 
     heard: list[FromService] = []
     talk = Talk(RolloutService(engines, solver, playing, install, Stop()), engine, heard)
@@ -224,6 +227,47 @@ async def test_an_update_and_a_restart_that_cross_each_other(folders: list[Path]
             for turn in attempt.turns
         }
         assert solver <= {1, 2}, "a restarted engine has version 0 before it is sent weights"
+
+
+async def test_a_sleeping_engine_generates_nothing_until_the_next_update(folders: list[Path]) -> None:
+    async with talking(folders, staleness=2) as talk:
+        talk.say(Update(1, ()))
+        talk.say(begin(0, 1))
+        await talk.until(lambda: talk.service._meter.tokens > 4)
+        talk.say(Sleep())
+        await talk.until(lambda: talk.of(Asleep))
+        generated = talk.service._meter.tokens
+        talk.say(begin(2))
+        with pytest.raises(EngineError, match="sleeps"):
+            await talk.engine.generate((1,), Sampling(1.0, 1, 0, ()))
+        await asyncio.sleep(0.1)
+        assert talk.service._meter.tokens == generated and not talk.ended()
+        talk.say(Update(2, ()))
+        await talk.until(lambda: len(talk.ended()) == 3)
+        assert set.union(*map(versions, talk.ended().values())) == {1, 2}, "episodes went on where they were"
+
+
+@pytest.mark.parametrize("dies", ["before it sleeps", "while it sleeps"])
+async def test_an_engine_is_not_restarted_while_the_actor_has_its_memory(folders: list[Path], dies: str) -> None:
+    async with talking(folders, staleness=2) as talk:
+        talk.say(Update(1, ()))
+        talk.say(begin(0, 1))
+        await talk.until(lambda: talk.service._meter.tokens > 4)
+        if dies == "before it sleeps":
+            talk.engine.died = "It died."
+        talk.say(Sleep())
+        await talk.until(lambda: talk.of(Asleep))
+        talk.engine.died = "It died."
+        await asyncio.sleep(0.3)
+        revived, begun = talk.engine.revivals, len(talk.heard)
+        await asyncio.sleep(0.3)
+        assert talk.engine.revivals == revived
+        talk.say(Update(2, ()))
+        await talk.until(lambda: talk.engine.revivals == revived + 1)
+        await talk.until(lambda: any(isinstance(m, Heartbeat) and m.needs_weights for m in talk.heard[begun:]))
+        talk.say(Update(2, ()))
+        await talk.until(lambda: len(talk.ended()) == 2)
+        assert set.union(*map(versions, talk.ended().values())) <= {1, 2}
 
 
 async def test_what_is_saved_does_not_change_while_it_is_sent_and_begins_again_elsewhere(folders: list[Path]) -> None:

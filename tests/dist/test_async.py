@@ -91,5 +91,21 @@ def test_faults_neither_lose_nor_repeat_a_group(finished_run: Path, tmp_path: Pa
     check(folder, 10)
 
 
+def test_engines_that_sleep_while_the_actor_trains(finished_run: Path, tmp_path: Path) -> None:
+    """Their unfinished episodes continue in later steps; a killed process is replaced by one that sleeps as well."""
+    folder = tmp_path / "run"
+    command = train(folder, *from_model(finished_run), *ASYNC, "rollout.interleave=true", "launch.ranks=2", "steps=7")
+    running = start(*command)
+    try:
+        when(running, lambda: lines(folder) >= 2)
+        os.kill(next(p for p in psutil.Process(running.pid).children(recursive=True) if _plays(p)).pid, signal.SIGKILL)
+        code, _, err = end(running)
+    finally:
+        kill_tree(running)
+    assert code == 0, err
+    check(folder, 7)
+    assert sum(row["staleness/lost_engines"] for row in trained(folder)) == 1
+
+
 def _plays(process: psutil.Process) -> bool:
     return any("rollout_process" in word for word in process.cmdline())

@@ -34,10 +34,13 @@ def completions(folder: Path, step: int) -> list[Completion]:
     return said + [c.completion for e in episodes for c in e.critiques]
 
 
-def test_weights_arrive_in_flight_and_a_killed_server_gets_the_current_ones(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("interleave", [False, True])
+def test_weights_arrive_in_flight_and_a_killed_server_gets_the_current_ones(
+    model: Path, tmp_path: Path, interleave: bool
+) -> None:
     folder = tmp_path / "run"
     log = folder / "logs" / "sglang_0.log"
-    running = start(*command(folder, model))
+    running = start(*command(folder, model), f"rollout.interleave={str(interleave).lower()}")
     when(running, lambda: any("engine/requests" in row for row in rows(folder)))
     port = re.findall(r"^=== .* port (\d+)$", log.read_text(), re.MULTILINE)[-1]
     tree = psutil.Process(running.pid).children(recursive=True)
@@ -50,6 +53,11 @@ def test_weights_arrive_in_flight_and_a_killed_server_gets_the_current_ones(mode
     assert [row["step"] for row in done] == list(range(1, STEPS + 1))
     assert sum(row["staleness/lost_engines"] for row in done) == 1
     assert log.read_text().count("=== ") == 2, "it was started again"
+    slept, woke = (log.read_text().count(f"POST /{what}_memory_occupation") for what in ("release", "resume"))
+    if interleave:  # it may have been killed while it slept or woke
+        assert STEPS - 1 <= slept <= STEPS and 2 * STEPS - 2 <= woke <= 2 * STEPS
+    else:
+        assert slept == woke == 0
     measured = [row["actor/mismatch_max"] for row in done if row.get("actor/mismatched", 0)]
     assert measured and max(measured) < 1e-4, "fresh tokens have the trainer's log-probs"
     assert any(row.get("actor/drift_abs", 0.0) > 0 for row in done)
