@@ -35,7 +35,7 @@ from icrl_megatron.rollout.messages import (
 )
 from icrl_megatron.rollout.open_group import OpenGroup, begun_line, group_lines, read, share_of
 from icrl_megatron.rollout.played import Gather, Job, Played, RolloutRequest, T, together
-from icrl_megatron.rollout.probe import PROBE_WAIT_S, Probe
+from icrl_megatron.rollout.probe import PROBE_REPLIES, PROBE_WAIT_S, Probe
 from icrl_megatron.rollout.replay import tokens
 from icrl_megatron.rollout.service_process import RolloutProcess
 from icrl_megatron.rollout.source import MAX_DEATHS
@@ -173,7 +173,8 @@ class AsyncSource:
 
     def probes(self) -> Played:
         version = self._version()
-        mine = [replace(one, index=self._share.index or 0) for one in self._answer(version)]
+        first = (self._share.index or 0) * PROBE_REPLIES
+        mine = [replace(one, index=first + one.index) for one in self._answer(version)]
         return replace(together(self._gather, (), mine, None)[0], version=version)
 
     def unfinished(self) -> Callable[[], list[str]]:
@@ -268,12 +269,12 @@ class AsyncSource:
         account.deaths += beat.deaths
         return others
 
-    def _answer(self, version: int) -> list[Episode]:
-        """The reply of this rank's engine under the weights of `version`, if it comes in time."""
+    def _answer(self, version: int) -> tuple[Episode, ...]:
+        """The replies of this rank's engine under the weights of `version`, if they come in time."""
         deadline = time.monotonic() + PROBE_WAIT_S
         while self._process is not None and self._has_prompt:
             if self._probed is not None and self._probed.version == version:
-                return [self._probed.episode]
+                return self._probed.episodes
             answer = self._process.wait_for(Probed, deadline - time.monotonic())
             if not isinstance(answer, Probed):
                 self._progress.log(
@@ -282,7 +283,7 @@ class AsyncSource:
                 )
                 break
             self._probed = answer
-        return []
+        return ()
 
     def _take(self, chosen: Sequence[tuple[int, str, int]]) -> Played:
         """The groups of a step, given as (number, task id, version). A second group of the same task gets other

@@ -137,11 +137,11 @@ class Asleep:
 
 @dataclass(frozen=True)
 class Probed:
-    """A reply for `rollout.probe`."""
+    """The answer to a `rollout.probe.Probe`."""
 
     version: int
     """Version of the weights that generated its newest token."""
-    episode: Episode
+    episodes: tuple[Episode, ...]
 
 
 @dataclass(frozen=True)

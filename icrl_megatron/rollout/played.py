@@ -169,8 +169,8 @@ class Probing(Protocol):
     """A source whose episodes may have no token of the current weights."""
 
     def probes(self) -> Played:
-        """Short replies of the engines under the current weights, at most one of each, in addition to the step's
-        episodes. All ranks call it together, before the actor's weights change."""
+        """A few short replies of each engine under the current weights, in addition to the step's episodes. All ranks
+        call it together, before the actor's weights change."""
         ...
 
 

@@ -3,7 +3,7 @@ whose loss tokens all come from older weights (docs/ASYNC.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from icrl_megatron.engines.protocol import Sampling
@@ -11,8 +11,8 @@ from icrl_megatron.rollout.episode import Ended, EpisodeSetup
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.types import Attempt, Completion, Episode, Ids, Task, Turn, id_array
 
-PROBE_TOKENS = 32
-"""Largest number of tokens of a probe: enough for a mean, and on a GPU a fraction of a second."""
+PROBE_TOKENS, PROBE_REPLIES = 64, 8
+"""Largest number of tokens of a reply, and of replies to a prompt whose replies are shorter."""
 PROBE_ALONE_S = 2.0
 """Longest time that other requests wait for a probe when weights have arrived. Among them it would take much longer:
 they all read their prompts again."""
@@ -24,29 +24,33 @@ PROBE_WAIT_S = 10.0
 class Probe:
     """A prompt that the engine has answered before.
 
-    Example: Probe(task, (5, 6, 7))
+    Example: Probe(task, (5, 6, 7), replies=2)
     """
 
     task: Task
     prompt_ids: Ids
+    replies: int
+    """Between 1 and PROBE_REPLIES: as many as had PROBE_TOKENS tokens before."""
 
     @staticmethod
     def of(results: Iterable[Ended]) -> Probe | None:
-        """The first prompt of a group's episodes; None if none of them was played."""
+        """From the first reply in a group's episodes; None if there is none."""
         for one in results:
-            if isinstance(one, Episode) and one.attempts and one.attempts[0].turns:
-                return Probe(one.task, tuple(one.attempts[0].prompt_ids.tolist()))
+            if isinstance(one, Episode) and one.attempts and (turns := one.attempts[0].turns):
+                replies = min(PROBE_REPLIES, -(-PROBE_TOKENS // max(1, len(turns[0].completion.ids))))
+                return Probe(one.task, tuple(one.attempts[0].prompt_ids.tolist()), replies)
         return None
 
-    def sampling(self, setup: EpisodeSetup, run_seed: int, version: int) -> Sampling:
-        """The run's sampling, of at most PROBE_TOKENS tokens."""
-        rollout = setup.settings
+    def requests(self, setup: EpisodeSetup, run_seed: int, version: int) -> list[Sampling]:
+        """The run's sampling for each reply."""
+        rollout, seeds = setup.settings, Seeds(run_seed, version, "probe")
         tokens = min(PROBE_TOKENS, rollout.context_tokens - len(self.prompt_ids))
-        seed = Seeds(run_seed, version, "probe").of(self.task.task_id, 0, 0, "attempt", 0)
-        return Sampling(rollout.temperature, tokens, seed, setup.prompter.stop_ids)
+        of_each = (seeds.of(self.task.task_id, i, 0, "attempt", 0) for i in range(self.replies))
+        return [Sampling(rollout.temperature, tokens, seed, setup.prompter.stop_ids) for seed in of_each]
 
-    def answered(self, reply: Completion) -> Episode:
-        """The reply as an episode, so that it reaches the actor as those do. Its outcome means nothing."""
+    def answered(self, replies: Sequence[Completion]) -> tuple[Episode, ...]:
+        """The replies as episodes, so that they reach the actor as those do. Their outcomes mean nothing."""
         prompt_ids = id_array(self.prompt_ids)
-        turn = Turn(reply, "", None, "", id_array(()))
-        return Episode(self.task, 0, (Attempt(0, prompt_ids, prompt_ids, (turn,), 0.0, False, "", "done"),), ())
+        turns = [Turn(reply, "", None, "", id_array(())) for reply in replies]
+        attempts = [Attempt(0, prompt_ids, prompt_ids, (turn,), 0.0, False, "", "done") for turn in turns]
+        return tuple(Episode(self.task, index, (attempt,), ()) for index, attempt in enumerate(attempts))

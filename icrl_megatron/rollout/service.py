@@ -243,11 +243,11 @@ class RolloutService:
 
     async def _ask(self, asked: Probe, generate: Callable[[Ids, Sampling], Awaitable[Completion]]) -> None:
         """Sends the answer to a probe. If the engine fails, the step has none: episodes report that."""
-        sampling = asked.sampling(self._playing.setup, self._playing.seed, self._version)
+        requests = asked.requests(self._playing.setup, self._playing.seed, self._version)
         with suppress(EngineError):
-            reply = await generate(asked.prompt_ids, sampling)
-            if len(reply.ids):
-                self._send(Probed(reply.weight_version, asked.answered(reply)))
+            replies = await asyncio.gather(*(generate(asked.prompt_ids, sampling) for sampling in requests))
+            if some := [reply for reply in replies if len(reply.ids)]:
+                self._send(Probed(max(reply.weight_version for reply in some), asked.answered(some)))
 
     def _abandon(self, numbers: list[int]) -> None:
         """Ends groups that are too old. Those that have ended already are the trainer's to drop."""

@@ -33,7 +33,7 @@ from icrl_megatron.utils.progress import Progress
 
 def probed(version: int, task: Task) -> Probed:
     reply = Completion(id_array((5, 6)), logprob_array((-1.0, -2.0)), "length", version)
-    return Probed(version, Probe(task, (3, 4)).answered(reply))
+    return Probed(version, Probe(task, (3, 4), 1).answered([reply, reply]))
 
 
 class Process:
@@ -53,7 +53,7 @@ class Process:
             self.died = "It died." if self.dies_after_job and not self.restarts else ""
 
     def ended(self, of: OpenGroup) -> GroupEnded:
-        episodes = (probed(9, of.task).episode,)
+        episodes = (probed(9, of.task).episodes[0],)
         return GroupEnded(of.number, of.task.task_id, of.version if of.version is not None else 9, episodes, 0)
 
     def of(self, kind: type[ToService]) -> list[ToService]:
@@ -142,8 +142,8 @@ def test_a_step_takes_probes_of_its_own_version_only() -> None:
     process.messages += [probed(8, task), process.ended(OpenGroup(1, task, 20))]
     playing._receive()
     for _ in range(2):  # the second time it has arrived already
-        (found,) = playing.probes().episodes
-        assert (found.index, found.attempts[0].turns[0].completion.weight_version) == (1, 9)
+        found = playing.probes().episodes
+        assert [(of.index, of.attempts[0].turns[0].completion.weight_version) for of in found] == [(8, 9), (9, 9)]
     process.messages.append(probed(8, task))
     playing._receive()
     assert playing.probes().headers == playing.probes().episodes == ()

@@ -202,8 +202,9 @@ def replies(talk: Talk) -> dict[int, list[Completion]]:
     found: dict[int, list[Completion]] = {}
     for probed in talk.of(Probed):
         assert isinstance(probed, Probed)
-        (turn,) = probed.episode.attempts[0].turns
-        found.setdefault(probed.version, []).append(turn.completion)
+        for episode in probed.episodes:
+            (turn,) = episode.attempts[0].turns
+            found.setdefault(probed.version, []).append(turn.completion)
     return found
 
 
@@ -218,10 +219,11 @@ async def test_every_update_is_probed_before_other_requests_continue(folders: li
             await talk.until(lambda before=tokens_before: talk.service._meter.tokens > before)  # type: ignore[misc]
             talk.say(Update(version, ()))
             await talk.until(lambda version=version: version in replies(talk))  # type: ignore[misc]
-            (reply,) = replies(talk)[version]
-            assert (reply.weight_version, reply.older) == (version, ()) and len(reply.ids) > 0
+            found = replies(talk)[version]
+            assert all((of.weight_version, of.older) == (version, ()) and len(of.ids) > 0 for of in found)
+            assert len({of.ids.tobytes() for of in found}) > 1, "each has its own seed"
         await talk.until(lambda: len(talk.ended()) == 4)
-        assert set(replies(talk)) == {1, 2, 3, 4} and all(len(of) == 1 for of in replies(talk).values())
+        assert set(replies(talk)) == {1, 2, 3, 4} and len(talk.of(Probed)) == 4
         generated = sum(beat.generated for beat in talk.heard if isinstance(beat, Heartbeat))
         assert generated == sum(of.tokens for of in talk.ended().values()), "probes are not among the groups' tokens"
 
