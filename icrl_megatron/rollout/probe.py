@@ -12,7 +12,10 @@ from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.types import Attempt, Completion, Episode, Ids, Task, Turn, id_array
 
 PROBE_TOKENS, PROBE_REPLIES = 64, 8
-"""Largest number of tokens of a reply, and of replies to a prompt whose replies are shorter."""
+"""Largest number of tokens of all replies together, and of replies. Several short ones take the engine fewer passes
+than a long one."""
+_PROMPT_TOKENS = 2048
+"""With longer prompts there are fewer replies: the actor reads the prompt before each of them."""
 PROBE_ALONE_S = 2.0
 """Longest time that other requests wait for a probe when weights have arrived. Among them it would take much longer:
 they all read their prompts again."""
@@ -24,28 +27,26 @@ PROBE_WAIT_S = 10.0
 class Probe:
     """A prompt that the engine has answered before.
 
-    Example: Probe(task, (5, 6, 7), replies=2)
+    Example: Probe(task, (5, 6, 7))
     """
 
     task: Task
     prompt_ids: Ids
-    replies: int
-    """Between 1 and PROBE_REPLIES: as many as had PROBE_TOKENS tokens before."""
 
     @staticmethod
     def of(results: Iterable[Ended]) -> Probe | None:
-        """From the first reply in a group's episodes; None if there is none."""
+        """The first prompt of a group's episodes; None if none of them has a reply."""
         for one in results:
-            if isinstance(one, Episode) and one.attempts and (turns := one.attempts[0].turns):
-                replies = min(PROBE_REPLIES, -(-PROBE_TOKENS // max(1, len(turns[0].completion.ids))))
-                return Probe(one.task, tuple(one.attempts[0].prompt_ids.tolist()), replies)
+            if isinstance(one, Episode) and one.attempts and one.attempts[0].turns:
+                return Probe(one.task, tuple(one.attempts[0].prompt_ids.tolist()))
         return None
 
     def requests(self, setup: EpisodeSetup, run_seed: int, version: int) -> list[Sampling]:
         """The run's sampling for each reply."""
         rollout, seeds = setup.settings, Seeds(run_seed, version, "probe")
-        tokens = min(PROBE_TOKENS, rollout.context_tokens - len(self.prompt_ids))
-        of_each = (seeds.of(self.task.task_id, i, 0, "attempt", 0) for i in range(self.replies))
+        replies = max(2, min(PROBE_REPLIES, _PROMPT_TOKENS // len(self.prompt_ids)))
+        tokens = min(PROBE_TOKENS // replies, rollout.context_tokens - len(self.prompt_ids))
+        of_each = (seeds.of(self.task.task_id, i, 0, "attempt", 0) for i in range(replies))
         return [Sampling(rollout.temperature, tokens, seed, setup.prompter.stop_ids) for seed in of_each]
 
     def answered(self, replies: Sequence[Completion]) -> tuple[Episode, ...]:

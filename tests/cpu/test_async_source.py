@@ -33,7 +33,7 @@ from icrl_megatron.utils.progress import Progress
 
 def probed(version: int, task: Task) -> Probed:
     reply = Completion(id_array((5, 6)), logprob_array((-1.0, -2.0)), "length", version)
-    return Probed(version, Probe(task, (3, 4), 1).answered([reply, reply]))
+    return Probed(version, Probe(task, (3, 4)).answered([reply, reply]))
 
 
 class Process:

@@ -38,7 +38,7 @@ from icrl_megatron.rollout.messages import (
     Updated,
 )
 from icrl_megatron.rollout.open_group import OpenGroup
-from icrl_megatron.rollout.probe import PROBE_TOKENS
+from icrl_megatron.rollout.probe import PROBE_REPLIES, PROBE_TOKENS
 from icrl_megatron.rollout.replay import tokens
 from icrl_megatron.rollout.service import GroupSetup, RolloutService
 from icrl_megatron.rollout.speakers import EngineSpeaker, same_speakers
@@ -239,7 +239,7 @@ async def test_an_engine_that_does_not_answer_a_probe_costs_only_the_probe(
         answer, hangs = talk.engine.generate, asyncio.Event()
 
         async def generate(prompt_ids: object, sampling: Sampling) -> Completion:
-            if sampling.max_new_tokens == PROBE_TOKENS and talk.service._version == 2:
+            if sampling.max_new_tokens == PROBE_TOKENS // PROBE_REPLIES and talk.service._version == 2:
                 await hangs.wait()
                 raise EngineError("It does not answer.")
             return await answer(prompt_ids, sampling)
