@@ -271,15 +271,16 @@ class AsyncSource:
 
     def _answer(self, version: int) -> tuple[Episode, ...]:
         """The replies of this rank's engine under the weights of `version`, if they come in time."""
-        deadline = time.monotonic() + PROBE_WAIT_S
+        begun = time.monotonic()
         while self._process is not None and self._has_prompt:
+            limit_s = 0.0 if self._process.asleep else PROBE_WAIT_S
             if self._probed is not None and self._probed.version == version:
                 return self._probed.episodes
-            answer = self._process.wait_for(Probed, deadline - time.monotonic())
+            answer = self._process.wait_for(Probed, begun + limit_s - time.monotonic())
             if not isinstance(answer, Probed):
                 self._progress.log(
-                    "engine mismatch is not measured in this step: the engine is lost, or has not answered within "
-                    f"{PROBE_WAIT_S:g} s"
+                    "engine mismatch is not measured in this step: the engine is lost, or did not answer within "
+                    f"{limit_s:g} s"
                 )
                 break
             self._probed = answer

@@ -42,7 +42,8 @@ class Process:
     def __init__(self, slow: frozenset[int] = frozenset()) -> None:
         self.slow, self.said = slow, list[ToService]()
         self.messages, self.died, self.restarts = list[FromService](), "", 0
-        self.dies_after_job, self.late = False, list[Probed]()
+        self.dies_after_job = self.asleep = False
+        self.late = list[Probed]()
 
     def send(self, message: ToService) -> None:
         self.said.append(message)
