@@ -28,6 +28,7 @@ from icrl_megatron.rollout.messages import (
     Forget,
     GroupEnded,
     JobResult,
+    Probed,
     RunJob,
     Save,
     SavedGroups,
@@ -35,6 +36,7 @@ from icrl_megatron.rollout.messages import (
 )
 from icrl_megatron.rollout.open_group import OpenGroup, begun_line, group_lines, read, share_of
 from icrl_megatron.rollout.played import Gather, Job, Played, RolloutRequest, T, together
+from icrl_megatron.rollout.probe import PROBE_REPLIES, PROBE_WAIT_S, Probe
 from icrl_megatron.rollout.replay import tokens
 from icrl_megatron.rollout.service_process import RolloutProcess
 from icrl_megatron.rollout.source import MAX_DEATHS
@@ -124,6 +126,9 @@ class AsyncSource:
         """This rank's groups that are not trained on or dropped, as they were begun."""
         self._restored: tuple[OpenGroup, ...] = ()
         """Those of a checkpoint, until they begin."""
+        self._probed: Probed | None = None
+        self._has_prompt = False
+        """Whether the process has a prompt for probes: that of a group that has ended."""
         self._account, self._kept = _Account(), 0
         self._lost_at: list[int] = []
         """The versions at which processes were lost."""
@@ -171,6 +176,12 @@ class AsyncSource:
         while not all(self._meet(ended, None if found else job)):
             time.sleep(LONGEST_S / 4)
         return found[0] if found else None
+
+    def probes(self) -> Played:
+        version = self._version()
+        first = (self._share.index or 0) * PROBE_REPLIES
+        mine = [replace(one, index=first + one.index) for one in self._answer(version)]
+        return replace(together(self._gather, (), mine, None)[0], version=version)
 
     def unfinished(self) -> Callable[[], list[str]]:
         taken = tuple(self._taken)
@@ -243,6 +254,7 @@ class AsyncSource:
             if isinstance(message, GroupEnded):
                 self._complete[message.number] = message
                 self._open.pop(message.number, None)
+                self._has_prompt = self._has_prompt or Probe.of(message.results) is not None
             elif isinstance(message, Abandoned):
                 for number in message.numbers:
                     self._open.pop(number, None)
@@ -251,6 +263,8 @@ class AsyncSource:
                 account.too_old += len(message.numbers)
                 account.cut_off += message.episodes
                 account.discarded += message.tokens
+            elif isinstance(message, Probed):
+                self._probed = message
             elif isinstance(message, EngineLost):
                 self._progress.log(f"engine lost, restarting it: {message.why.splitlines()[0]}")
             elif not isinstance(message, SavedGroups):  # one that came too late for its checkpoint
@@ -260,6 +274,23 @@ class AsyncSource:
         account.stats += beat.stats
         account.deaths += beat.deaths
         return others
+
+    def _answer(self, version: int) -> tuple[Episode, ...]:
+        """The replies of this rank's engine under the weights of `version`, if they come in time."""
+        begun = time.monotonic()
+        while self._process is not None and self._has_prompt:
+            limit_s = 0.0 if self._process.asleep else PROBE_WAIT_S
+            if self._probed is not None and self._probed.version == version:
+                return self._probed.episodes
+            answer = self._process.wait_for(Probed, begun + limit_s - time.monotonic())
+            if not isinstance(answer, Probed):
+                self._progress.log(
+                    "engine mismatch is not measured in this step: the engine is lost, or did not answer within "
+                    f"{limit_s:g} s"
+                )
+                break
+            self._probed = answer
+        return ()
 
     def _take(self, chosen: Sequence[tuple[int, str, int]]) -> Played:
         """The groups of a step, given as (number, task id, version). A second group of the same task gets other
@@ -341,7 +372,7 @@ class AsyncSource:
         self._account.discarded += max(0, self._kept + self._account.generated - self._account.discarded - held)
         self._process.restart()
         self._process.wait_ready()
-        self._stop_sent = False
+        self._stop_sent = self._has_prompt = False
         # The new process has no weights yet, and would say that they begin with version 0.
         begun = ((n, group, version if group.version is None else group.version) for n, group in self._groups.items())
         again = [replace(group, version=of, ended=number not in self._open) for number, group, of in begun]

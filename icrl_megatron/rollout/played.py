@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from icrl_megatron.algo.headers import EpisodeHeader, decode, encode, headers_of
 from icrl_megatron.engines.protocol import EngineStats
@@ -162,6 +162,16 @@ def shared(
         if number % share.count == share.index:
             mine.append(episode)
     return Played(tuple(headers), tuple(dropped), tuple(mine), generated=generated)
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A source whose episodes may have no token of the current weights."""
+
+    def probes(self) -> Played:
+        """A few short replies of each engine under the current weights, in addition to the step's episodes. All ranks
+        call it together, before the actor's weights change."""
+        ...
 
 
 class WithoutEngine:
