@@ -19,7 +19,7 @@ from typing import Any
 from icrl_megatron.distributed.grid import gather_results
 from icrl_megatron.engines.protocol import EngineError, EngineStats
 from icrl_megatron.engines.rank import Share
-from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play
+from icrl_megatron.rollout.episode import Ended
 from icrl_megatron.rollout.lead import Lead
 from icrl_megatron.rollout.messages import (
     Abandoned,
@@ -35,12 +35,11 @@ from icrl_megatron.rollout.messages import (
     StopRollouts,
 )
 from icrl_megatron.rollout.open_group import OpenGroup, begun_line, group_lines, read, share_of
-from icrl_megatron.rollout.played import Gather, Job, Played, RolloutRequest, T, together
+from icrl_megatron.rollout.played import Gather, Job, Played, RolloutRequest, T, play_request, together
 from icrl_megatron.rollout.probe import PROBE_REPLIES, PROBE_WAIT_S, Probe
 from icrl_megatron.rollout.replay import tokens
 from icrl_megatron.rollout.service_process import RolloutProcess
 from icrl_megatron.rollout.source import MAX_DEATHS
-from icrl_megatron.rollout.speakers import SpeakersFor
 from icrl_megatron.types import Episode, Task
 from icrl_megatron.utils.progress import Progress
 
@@ -396,11 +395,3 @@ class AsyncSource:
                 )
         begun = [] if self._begun is None or self._share.index != 0 else [begun_line(self._begun)]
         return begun + group_lines(found)
-
-
-async def play_request(
-    tasks: Sequence[Task], request: RolloutRequest, setup: EpisodeSetup, speakers_for: SpeakersFor
-) -> list[Ended]:
-    """Plays some of a request's tasks. Raises EngineLostError if the engine was lost."""
-    played, dropped = await play(tasks, request.episodes, request.on(setup), speakers_for, request.seeds)
-    return [*played, *dropped]
