@@ -7,7 +7,8 @@
 Each arm is a whole `icrl train` of the same tiny model on Rulebook problems, from the same weights, with the real actor
 and engine. In the waiting case the environment waits before each answer, with a lognormal distribution (`--median-s`,
 `--sigma`): its tail is what a synchronous step waits for. In the other case it does not wait. The arms take turns, and
-all of their runs are in the result. Time counts from the end of step `--skip` to the end of the last but `--skip`
+all of their runs are in the result, with the requests and waits of every episode of the first synchronous run
+(`tools/predict_async.py` replays them). Time counts from the end of step `--skip` to the end of the last but `--skip`
 step: at the beginning the queue fills, and at the end it runs empty.
 """
 
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,10 @@ import bench_schema
 from bench_schema import Bar
 from rich.console import Console
 from rich.table import Table
+from waiting_tasks import wait_s
+
+from icrl_megatron.telemetry.dumps import Rollouts
+from icrl_megatron.types import Episode
 
 TASKS = Path(__file__).with_name("waiting_tasks.py")
 ARMS = (0, 1, 2, 4)
@@ -67,7 +73,8 @@ def arm(
         *(f"model.path={model}", "warm_start.steps=0", f"steps={arguments.steps}", "checkpoint.interval=1000"),
         *(f"rollout.tasks_per_step={TASKS_PER_STEP}", f"rollout.episodes_per_task={EPISODES_PER_TASK}"),
         *("algo.on_no_signal=train", "algo.max_resamples=0"),
-        *("algo.mismatch_correction.enabled=true", f"rollout.staleness={staleness}", "telemetry.dump=none"),
+        *("algo.mismatch_correction.enabled=true", f"rollout.staleness={staleness}"),
+        f"telemetry.dump={'none' if staleness else 'all'}",
         f"tasks.sources=[{{name: '{TASKS}:WaitingRulebook', options: {{median_s: {wait[0]}, sigma: {wait[1]}}}}}]",
     ]
     if arguments.interleave and staleness:
@@ -89,6 +96,29 @@ def arm(
     }
 
 
+def trace(folder: Path, median_s: float, sigma: float) -> list[list[list[list[float]]]]:
+    """The groups of a run in the order of its steps: for each episode its requests as (generated tokens, seconds that
+    the environment waited after it)."""
+    dumps, groups = Rollouts(folder), list[list[list[list[float]]]]()
+    for step in dumps.steps:
+        for _, episodes in groupby(dumps.episodes(step), key=lambda episode: episode.task.task_id):
+            groups.append([requests(episode, median_s, sigma) for episode in episodes])
+    return groups
+
+
+def requests(episode: Episode, median_s: float, sigma: float) -> list[list[float]]:
+    found = list[list[float]]()
+    for attempt in episode.attempts:
+        calls = 0
+        for turn in attempt.turns:
+            calls += turn.action is not None
+            problem = episode.task.problem
+            wait = 0.0 if turn.action is None else wait_s(problem, turn.action, calls, median_s, sigma)
+            found.append([len(turn.completion.ids), round(wait, 3)])
+        found += [[len(c.completion.ids), 0.0] for c in episode.critiques if c.round == attempt.round]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -104,6 +134,7 @@ def main() -> None:
     cases = {"waiting": (arguments.median_s, arguments.sigma), "no waits": (0.0, 0.0)}
     arms = sorted({0, *arguments.staleness})
     runs: dict[str, list[dict[str, float]]] = {f"{case}, {k}": [] for case in cases for k in arms}
+    traces = dict[str, list[list[list[list[float]]]]]()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         train(folder / "start", "steps=1", "warm_start.steps=40", "algo.on_no_signal=train", "algo.max_resamples=0")
@@ -112,17 +143,20 @@ def main() -> None:
             for case, wait in cases.items():
                 for staleness in arms if turn % 2 == 0 else reversed(arms):
                     name = f"{case}, {staleness}"
-                    found = arm(folder / f"{turn}_{name.replace(', ', '_')}", model, staleness, wait, arguments)
+                    where = folder / f"{turn}_{name.replace(', ', '_')}"
+                    found = arm(where, model, staleness, wait, arguments)
                     runs[name].append(found)
+                    if not staleness and case not in traces:
+                        traces[case] = trace(where, *wait)
                     print(name, json.dumps(found), file=sys.stderr, flush=True)
-    report(arguments, runs, cases)
+    report(arguments, runs, traces)
 
 
-def report(arguments: argparse.Namespace, runs: dict[str, list[dict[str, float]]], cases: dict[str, Any]) -> None:
+def report(arguments: argparse.Namespace, runs: dict[str, list[dict[str, float]]], traces: dict[str, Any]) -> None:
     medians = {
         name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items() if of
     }
-    for case in cases:
+    for case in traces:
         base = medians[f"{case}, 0"]["seconds_per_episode"]
         for name, of in medians.items():
             if name.startswith(case):
@@ -144,6 +178,7 @@ def report(arguments: argparse.Namespace, runs: dict[str, list[dict[str, float]]
         "settings": {key: getattr(arguments, key) for key in MEASURED},
         "medians": medians,
         "runs": runs,
+        "traces": traces,
         "bars": bars,
     }
     if arguments.out:

@@ -285,7 +285,7 @@ def steps_of(engine: SGLangEngine, folder: Path, rounds: int, tasks: int) -> dic
 
 @contextmanager
 def serving(
-    model: TinyModel | Path, settings: EngineSettings, device: torch.device
+    model: TinyModel | Path, settings: EngineSettings, device: torch.device, spec: type[ServerSpec] = ServerSpec
 ) -> Iterator[tuple[SGLangEngine, Timed, Path]]:
     """A ready server on a model, its client, and the model's folder, which is built for a `TinyModel`."""
     precision, dtype = PRECISION[device.type]
@@ -296,7 +296,7 @@ def serving(
             words |= {f"w{i}" for i in range(4096)}
             build_tiny(folder, replace(model, max_positions=CONTEXT * 2), sorted(words), 0)
         log, on_cpu = Path(where) / "sglang.log", device.type == "cpu"
-        server = Timed(ServerSpec(folder, settings, precision, CONTEXT, log, on_cpu))
+        server = Timed(spec(folder, settings, precision, CONTEXT, log, on_cpu))
         shared = SharedMemory(server, 1, None, 0, settings.sync_timeout_s)
         engine = SGLangEngine(server, settings, lambda: shared, tensor_shapes(folder), dtype, device)
         server.start()

@@ -3,8 +3,8 @@
     python tools/learn_async.py [--out benchmarks/learn_async] [--runs runs/learn_async] [--seeds 5] [--jobs 2]
 
 Rulebook hard and Household with staleness 0, 1 and 4, all with `algo.mismatch_correction`. The runs of a task start
-from one warm start and train for the recipe's number of steps, each on the same number of groups. Finished runs are
-skipped, so the same command resumes.
+from one warm start and train for the recipe's number of steps, each on the same number of groups: a batch without a
+signal is not drawn again. Finished runs are skipped, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def train(runs: Path, task: str, staleness: int, seed: int) -> str:
         overrides = [
             *(f"run_dir={where}", f"seed={seed}", f"model.path={start}", "warm_start.steps=0", "launch.ranks=1"),
             *("baseline=", "eval.control_problems=0", "algo.mismatch_correction.enabled=true"),
-            f"rollout.staleness={staleness}",
+            *(f"rollout.staleness={staleness}", "algo.on_no_signal=skip", "algo.max_resamples=0"),
         ]
         small.run(["train", task, *overrides], where.with_suffix(".log"))
     return str(read(runs, task, staleness, seed))

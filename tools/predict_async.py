@@ -2,11 +2,10 @@
 
     python tools/predict_async.py benchmarks/async_cpu.json
 
-Two numbers are taken from one arm, the synchronous one without waits: the seconds in which a step's episodes are
-played, and the rest of the step. The other seven arms are predicted. The environment's waits are those of
-`tools/waiting_tasks.py`, drawn independently. Assumed: an iteration of the engine takes the same time for any number
-of requests, the three requests of an episode (attempt, critique, attempt) are of equal length, `--failed` of the first
-attempts fail, and the rollout process does not slow down the trainer.
+The simulation replays the requests and waits of the first synchronous run of each case. Two more numbers are from the
+synchronous arm without waits: the seconds in which a step's episodes are played, and the rest of the step. The other
+seven arms are predicted. Assumed: an iteration of the engine takes the same time for any number of requests, and the
+rollout process does not slow down the trainer.
 """
 
 from __future__ import annotations
@@ -14,15 +13,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bench_schema
-import numpy as np
 from bench_async import ARMS, EPISODES_PER_TASK, TASKS_PER_STEP
-from waiting_tasks import LONGEST_S
 
 from icrl_megatron.plan.async_simulation import (
     EnginePool,
@@ -34,7 +31,6 @@ from icrl_megatron.plan.async_simulation import (
 )
 from icrl_megatron.plan.engine_speed import DecodeSpeed
 
-REQUESTS = 3
 CASES = ("waiting", "no waits")
 
 
@@ -50,43 +46,41 @@ class Arm:
     predicted_s: float
 
 
-def groups(median_s: float, sigma: float, failed: float, seed: int = 0) -> Callable[[int], Group]:
-    """Requests of one token each."""
-
-    def group(number: int) -> Group:
-        rng = np.random.default_rng((seed, number))
-        waits = np.minimum(median_s * rng.lognormal(0.0, sigma, (EPISODES_PER_TASK, 2)), LONGEST_S)
-        again = rng.random(EPISODES_PER_TASK) < failed
-        return tuple(
-            (SimulatedTurn(1, wait_s=first), SimulatedTurn(1), SimulatedTurn(1, wait_s=second))
-            if more
-            else (SimulatedTurn(1, wait_s=first),)
-            for (first, second), more in zip(waits.tolist(), again, strict=True)
-        )
-
-    return group
+def groups(trace: Sequence[Any]) -> Callable[[int], Group]:
+    """The groups of a run in its order, again from the beginning where it has too few."""
+    read = [
+        tuple(tuple(SimulatedTurn(max(1.0, tokens), wait_s=wait) for tokens, wait in episode) for episode in group)
+        for group in trace
+    ]
+    return lambda number: read[number % len(read)]
 
 
-def predict(result: Mapping[str, Any], failed: float) -> list[Arm]:
+def longest(trace: Sequence[Any]) -> float:
+    """Tokens of the longest episode of a step, on average."""
+    steps = [trace[i : i + TASKS_PER_STEP] for i in range(0, len(trace), TASKS_PER_STEP)]
+    tokens = [max(sum(n for n, _ in episode) for group in step for episode in group) for step in steps]
+    return sum(tokens) / len(tokens)
+
+
+def predict(result: Mapping[str, Any]) -> list[Arm]:
     """Raises ValueError for a result that is not of bench_async.py."""
     try:
-        medians, settings = result["medians"], result["settings"]
+        medians, settings, traces = result["medians"], result["settings"], result["traces"]
         names = {f"{case}, {k}": (case, k) for case in CASES for k in ARMS}
         measured = {name: float(medians[name]["seconds_per_episode"]) for name in names}
         share = float(medians["no waits, 0"]["waited_share"])
-        wait, steps = (float(settings["median_s"]), float(settings["sigma"])), int(settings["steps"])
-        skip = int(settings["skip"])
+        steps, skip, interleave = int(settings["steps"]), int(settings["skip"]), bool(settings["interleave"])
+        played, tokens = {case: groups(traces[case]) for case in CASES}, longest(traces["no waits"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a result of tools/bench_async.py ({error!r} is missing or no number)") from error
-    if not (0 < share < 1 and all(math.isfinite(s) and s > 0 for s in measured.values()) and 0 <= wait[1] < 5):
-        raise ValueError("seconds_per_episode and waited_share must be above 0, waited_share below 1, sigma below 5")
+    if not (0 < share < 1 and tokens > 0 and all(math.isfinite(s) and s > 0 for s in measured.values())):
+        raise ValueError("seconds_per_episode, waited_share and tokens must be above 0, waited_share below 1")
     step_s = measured["no waits, 0"] * TASKS_PER_STEP * EPISODES_PER_TASK
-    engines = EnginePool(1, DecodeSpeed(fixed_s=share * step_s / (REQUESTS if failed > 0 else 1)))
-    trainer = Trainer(TASKS_PER_STEP, fixed_s=(1.0 - share) * step_s)
+    engines = EnginePool(1, DecodeSpeed(fixed_s=share * step_s / tokens))
     predicted = {}
     for name, (case, staleness) in names.items():
-        group = groups(*(wait if case == CASES[0] else (0.0, 0.0)), failed)
-        seconds = simulate(engines, trainer, LeadRule(steps, staleness), group).step_s(skip)
+        trainer = Trainer(TASKS_PER_STEP, (1.0 - share) * step_s, on_engine_gpus=interleave and staleness > 0)
+        seconds = simulate(engines, trainer, LeadRule(steps, staleness), played[case]).step_s(skip)
         predicted[name] = seconds / (TASKS_PER_STEP * EPISODES_PER_TASK)
     return [
         Arm(
@@ -104,12 +98,9 @@ def predict(result: Mapping[str, Any], failed: float) -> list[Arm]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--failed", type=float, default=0.5, help="share of the first attempts that fail")
     arguments = parser.parse_args()
     try:
-        if not 0 <= arguments.failed <= 1:
-            raise ValueError(f"--failed {arguments.failed}: must be from 0 to 1")
-        arms = predict(bench_schema.read(arguments.result), arguments.failed)
+        arms = predict(bench_schema.read(arguments.result))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,6 +19,12 @@ from icrl_megatron.types import Split, Task
 LONGEST_S = 30.0
 
 
+def wait_s(problem: str, action: str, call: int, median_s: float, sigma: float) -> float:
+    """Seconds that the environment waits before it answers the `call`-th call of an attempt, counted from 1."""
+    key = hashlib.blake2b(f"{problem}/{action}/{call}".encode()).digest()
+    return min(median_s * random.Random(key).lognormvariate(0.0, sigma), LONGEST_S)
+
+
 class WaitingEnvironment:
     """An environment of rulebook_easy. The wait of a call has a lognormal distribution. It depends on the problem, the
     action and the number of the call only, so the same episode waits equally long in all arms of a comparison."""
@@ -34,10 +40,9 @@ class WaitingEnvironment:
 
     async def step(self, action: str) -> StepResult:
         self._calls += 1
-        key = hashlib.blake2b(f"{self._problem}/{action}/{self._calls}".encode()).digest()
-        wait = self._median_s * random.Random(key).lognormvariate(0.0, self._sigma)
+        wait = wait_s(self._problem, action, self._calls, self._median_s, self._sigma)
         if wait > 0:
-            await asyncio.sleep(min(wait, LONGEST_S))
+            await asyncio.sleep(wait)
         return await self._inner.step(action)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from icrl_kernels import HeadOutput, Terms
-from icrl_megatron.actor.measure import Totals, measure, token_weights
+from icrl_megatron.actor.measure import Totals, measure, measure_mismatch, token_weights
 from icrl_megatron.actor.offload import Offload
 from icrl_megatron.actor.optimizer import Optimizer, wrap
 from icrl_megatron.actor.passes import Frozen, HeadPlan, head_shard, score_pass, train_pass
@@ -92,8 +92,21 @@ class Actor:
         totals.reduce(self.grid)
         return totals.sums["nll"] / totals.sums["tokens"]
 
-    def train(self, plan: StepPlan, scored: ScoredPlan, learning_rate: float) -> StepStats:
-        """Applies the plan's updates. Raises InvariantError if the first update of the run does not see ratio 1."""
+    def mismatch(self, plan: StepPlan) -> Totals:
+        """The sums of `actor/mismatch_*` over a plan's loss tokens that the current weights generated; over all
+        replicas, the same on every rank. Nothing is trained on them."""
+        totals = Totals()
+        for update, scores in zip(plan.updates, self._score(self.wrapped, plan), strict=True):
+            for batch, logprobs_L in zip(update, scores, strict=True) if scores and self.grid.reports else ():
+                totals.add(measure_mismatch(batch, logprobs_L))
+        totals.reduce(self.grid)
+        return totals
+
+    def train(
+        self, plan: StepPlan, scored: ScoredPlan, learning_rate: float, probed: Totals | None = None
+    ) -> StepStats:
+        """Applies the plan's updates. `probed` is added to the statistics: what `mismatch` found outside of the plan.
+        Raises InvariantError if the first update of the run does not see ratio 1."""
         totals = Totals()
         weights: dict[str, tuple[float, ...]] = {}
 
@@ -125,6 +138,8 @@ class Actor:
             skipped += not done.applied
             norms.append(done.grad_norm)
             totals.merge(of_update)
+        if probed is not None:
+            totals.merge(probed)
         tokens = sum(int(b.cu_seqlens[-1]) for update in plan.updates for b in update)
         return StepStats(
             loss=totals.sums.get("loss", 0.0),

@@ -56,12 +56,9 @@ def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) ->
         "calibration_weight": weight_C.sum(),
         "calibration_at_max": (weight_C >= w_max).sum(),
         "calibration_under_half": (weight_C < 0.5).sum(),
-        "mismatched": len(mismatch_M),
-        "mismatch_abs": mismatch_M.abs().sum(),
-        "mismatch_ratio": mismatch_M.exp().sum(),
-        "non_finite": out.non_finite,
         "max/ratio_deviation": (out.ratio_L - 1.0).abs().amax() if len(out.ratio_L) else 0.0,
-        "max/mismatch": mismatch_M.abs().amax() if len(mismatch_M) else 0.0,
+        **_mismatch(mismatch_M),
+        "non_finite": out.non_finite,
     }
     if batch.stale_L.any():
         drift_D = (trainer_L - rollout_L)[same_prompt_L & stale_L]
@@ -71,7 +68,28 @@ def measure(w_max: float, batch: MicroBatch, frozen: Frozen, out: HeadOutput) ->
         gap_L = frozen.reference_L - out.logprobs_L
         numbers["kl_reference"] = (torch.expm1(gap_L) - gap_L).sum()
     numbers.update((f"loss_{name}", values_L.sum()) for name, values_L in out.metrics.items())
-    # One copy to the host for all numbers: one copy per number would synchronize each time.
+    return _on_host(numbers)
+
+
+def measure_mismatch(batch: MicroBatch, trainer_L: torch.Tensor) -> dict[str, float]:
+    """The sums of `measure` over the loss tokens that the current weights generated, of how much the engine's log-probs
+    differ from `trainer_L`, the actor's under the same prompts."""
+    fresh_L = torch.from_numpy(~batch.stale_L).to(trainer_L.device)
+    rollout_L = torch.from_numpy(batch.rollout_logprobs_L).to(trainer_L.device)
+    return _on_host(_mismatch((trainer_L - rollout_L)[fresh_L]))
+
+
+def _mismatch(difference_M: torch.Tensor) -> dict[str, torch.Tensor | float]:
+    return {
+        "mismatched": len(difference_M),
+        "mismatch_abs": difference_M.abs().sum(),
+        "mismatch_ratio": difference_M.exp().sum(),
+        "max/mismatch": difference_M.abs().amax() if len(difference_M) else 0.0,
+    }
+
+
+def _on_host(numbers: dict[str, torch.Tensor | float]) -> dict[str, float]:
+    """One copy for all numbers: one copy per number would synchronize each time."""
     tensors = [v.double() for v in numbers.values() if isinstance(v, torch.Tensor)]
     found = iter(torch.stack(tensors).tolist())
     return {name: next(found) if isinstance(value, torch.Tensor) else float(value) for name, value in numbers.items()}

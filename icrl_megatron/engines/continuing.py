@@ -105,6 +105,12 @@ class ContinuingEngine:
         await self._engine.pause()
         await self._idle.wait()
 
+    async def before_others(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """Answers a request during a pause, once the engine has its weights: those that wait for `resume` run later.
+        The next pause ends it, and it does not continue. Raises what the engine raises."""
+        self._engine.resume()
+        return await self._counted(prompt_ids, sampling, None)
+
     def hold(self) -> None:
         """Requests wait until `resume`, or until a pause has ended: the engine does not have the current weights."""
         self._open.clear()

@@ -27,6 +27,7 @@ from icrl_megatron.settings.schema import ModelSettings, Settings
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.files import locked
 
+_TRAIN = "icrl_megatron.train"
 _JOB_LOCK = ".job.lock"
 
 
@@ -67,12 +68,12 @@ def _owned(settings: Settings) -> Iterator[Settings]:
 
 def _run(settings: Settings, folder: Path) -> int:
     code = _start(settings, folder)
-    code = code or _phase("icrl_megatron.train", _training(settings, folder), folder)
+    code = code or _phase(_TRAIN, _training(settings, folder), folder)
     if code or settings.debug.mode != "train":
         return code
     if settings.baseline:
         baseline = _baseline(settings, folder)
-        code = _phase("icrl_megatron.train", baseline, run_folder(baseline))
+        code = _phase(_TRAIN, baseline, run_folder(baseline))
     if code == 0 and os.environ.get("RANK", "0") == "0":
         from icrl_megatron.report.final import report
 
@@ -129,8 +130,9 @@ def _phase(module: str, settings: Settings, folder: Path) -> int:
     handed_over = logs / f"settings.{os.getpid()}.yaml"
     settings_module.save(settings, handed_over)
     try:
-        ranks = job_size.training_of(settings, settings.launch.ranks)
-        return launch(handed_over, ranks, logs, module=module)
+        ranks, rollout = job_size.training_of(settings, settings.launch.ranks), settings.rollout
+        beside = module == _TRAIN and rollout.staleness > 0 and not rollout.interleave
+        return launch(handed_over, ranks, logs, module=module, computing=2 if beside else 1)
     finally:
         with suppress(OSError):  # the disk may have become read-only
             handed_over.unlink()

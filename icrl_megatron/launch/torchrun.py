@@ -47,12 +47,14 @@ def launch(
     module: str = "icrl_megatron.train",
     stop_timeout_s: float = 1800.0,
     stopping: str = "stopping: the ranks save first; Ctrl-C again ends them at once",
+    computing: int = 1,
 ) -> int:
     """Runs `python -m MODULE FILE` in `ranks` processes and returns one of the exit codes above.
 
     Rank 0 writes to the terminal; the others write to files under `log_dir`, and the end of the first failed rank's
     file is printed. The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 reaches each rank as one SIGUSR1; the ranks have
-    `stop_timeout_s` to save before they are killed. A second SIGINT kills them at once. Call it from the main thread.
+    `stop_timeout_s` to save before they are killed. A second SIGINT kills them at once. `computing` is how many
+    processes of a rank compute at the same time, with an equal share of the cores. Call it from the main thread.
     """
     with disk_errors(log_dir, "the logs of ranks"):
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="icrl_launch_") as control, _counting_signals() as received:
         outcome, stop, started = (Path(control) / name for name in ("outcome.json", "stop", "started"))
         # Own session: Ctrl-C in a terminal reaches only the launcher, which signals the ranks once.
-        env = _environment(ranks, outcome, stop, started)
+        env = _environment(ranks * computing, outcome, stop, started)
         agent = subprocess.Popen(command, env=env, start_new_session=True)
         try:
             with _starting(ranks, started) as tick:
@@ -72,9 +74,10 @@ def launch(
         return killed or _exit_code(agent.returncode, outcome)
 
 
-def _environment(ranks: int, outcome: Path, stop: Path, started: Path) -> dict[str, str]:
+def _environment(processes: int, outcome: Path, stop: Path, started: Path) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
+    # More threads than cores would spend most of their time in busy waiting for each other.
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
     ours = {OUTCOME_ENV: outcome, STOP_ENV: stop, STARTED_ENV: started, PARENT_ENV: os.getpid()}
     return {**defaults, **os.environ, **{name: str(value) for name, value in ours.items()}}
 

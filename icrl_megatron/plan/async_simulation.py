@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 from icrl_megatron.plan.engine_speed import DecodeSpeed
+from icrl_megatron.rollout.lead import Lead
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class LeadRule:
     """How many steps' groups may be ahead. A fraction is allowed where nothing is dropped."""
     drop: bool = True
     """Whether groups that began more than `staleness` versions ago are dropped."""
+    adaptive: bool = True
+    """Whether no more groups are ahead than the trainer needs (`rollout/lead.py`)."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,7 @@ class _Simulation:
         self._behind = 0
         self._spent = self._waited = 0.0
         self._steps: list[Step] = []
+        self._lead = Lead(trainer.groups, rule.staleness)
 
     def run(self) -> SimulatedOutcome:
         self._begin_step(0.0)
@@ -216,8 +220,11 @@ class _Simulation:
         if rule.drop:
             self._drop(now)
         self._part, self._behind, self._idle_since = 0, 0, now
-        ahead = min(rule.staleness + 1, rule.steps - self._version)
-        limit = self._trained + self._dropped + math.floor(ahead * self._trainer.groups + 1e-9)
+        if self._begun:
+            self._lead.adapt(len(self._complete))
+        per_step, left = self._trainer.groups, rule.steps - self._version
+        lead = self._lead.groups if rule.adaptive else math.floor(rule.staleness * per_step + 1e-9)
+        limit = self._trained + self._dropped + min(per_step + lead, left * per_step)
         touched = set[int]()
         for number in range(self._begun, limit):
             episodes = self._group(number)

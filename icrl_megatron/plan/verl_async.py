@@ -111,7 +111,7 @@ def reproduce(
     """The simulated step; `mean_tokens` replaces the lengths that are derived from the row's training time."""
     trainer = Trainer(PROMPTS, fixed_s=row.update_s, parts=PARTS)
     group = answers(row.mean_tokens if mean_tokens is None else mean_tokens)
-    rule = LeadRule(steps, row.staleness, drop=False)
+    rule = LeadRule(steps, row.staleness, drop=False, adaptive=False)
     out: SimulatedOutcome = simulate(engines(row.gpus // 2, ANSWERS_AT_ONCE), trainer, rule, group)
     return ReproducedAsyncRun(row, out.step_s(skip), out.waited_s(skip))
 

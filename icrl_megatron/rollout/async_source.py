@@ -1,9 +1,9 @@
 """The source of an asynchronous run: groups are played ahead, in rollout processes, while earlier ones are trained on.
 
-Groups are numbered in the run's order of tasks. At most (staleness + 1) steps' groups are begun and not trained on.
-Each step takes the oldest complete groups of all ranks; a group that began more than
-`rollout.staleness` versions ago is dropped and counted, and another one begun in its place. docs/ASYNC.md derives the
-objective.
+Groups are numbered in the run's order of tasks. At most (staleness + 1) steps' groups are begun and not trained on, and
+no more than keep the actor from waiting (`lead.py`). Each step takes the oldest complete groups of all ranks; a group
+that began more than `rollout.staleness` versions ago is dropped and counted, and another one begun in its place.
+docs/ASYNC.md derives the objective.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 from icrl_megatron.distributed.grid import gather_results
 from icrl_megatron.engines.protocol import EngineError, EngineStats
 from icrl_megatron.engines.rank import Share
-from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play
+from icrl_megatron.rollout.episode import Ended
+from icrl_megatron.rollout.lead import Lead
 from icrl_megatron.rollout.messages import (
     Abandoned,
     Begin,
@@ -27,17 +28,18 @@ from icrl_megatron.rollout.messages import (
     Forget,
     GroupEnded,
     JobResult,
+    Probed,
     RunJob,
     Save,
     SavedGroups,
     StopRollouts,
 )
 from icrl_megatron.rollout.open_group import OpenGroup, begun_line, group_lines, read, share_of
-from icrl_megatron.rollout.played import Gather, Job, Played, RolloutRequest, T, together
+from icrl_megatron.rollout.played import Gather, Job, Played, RolloutRequest, T, play_request, together
+from icrl_megatron.rollout.probe import PROBE_REPLIES, PROBE_WAIT_S, Probe
 from icrl_megatron.rollout.replay import tokens
 from icrl_megatron.rollout.service_process import RolloutProcess
 from icrl_megatron.rollout.source import MAX_DEATHS
-from icrl_megatron.rollout.speakers import SpeakersFor
 from icrl_megatron.types import Episode, Task
 from icrl_megatron.utils.progress import Progress
 
@@ -61,10 +63,10 @@ class Order:
     turns: Callable[[int], int]
     """Largest number of turns in a step, counted from 0."""
 
-    def limit(self, gone: int, step: int) -> int:
-        """How many groups may have been begun when `gone` ones are trained on or dropped, for a step counted from
-        0."""
-        return gone + min(self.staleness + 1, self.steps - step) * self.per_step
+    def limit(self, gone: int, step: int, lead: int) -> int:
+        """How many groups may have been begun when `gone` ones are trained on or dropped, for a step counted from 0:
+        its own and `lead` more, but no more than the run can train on."""
+        return gone + min(self.per_step + lead, (self.steps - step) * self.per_step)
 
 
 @dataclass
@@ -109,6 +111,7 @@ class AsyncSource:
         self._process, self._share, self._order, self._episodes = process, share, order, episodes
         self._version, self._resend, self._gather = version, resend, gather
         self._progress, self._stopping = progress, stopping
+        self._lead = Lead(order.per_step, order.staleness)
         self._begun: int | None = None
         """Number of the next group; None until the first step, if no checkpoint has it."""
         self._gone = 0
@@ -122,6 +125,9 @@ class AsyncSource:
         """This rank's groups that are not trained on or dropped, as they were begun."""
         self._restored: tuple[OpenGroup, ...] = ()
         """Those of a checkpoint, until they begin."""
+        self._probed: Probed | None = None
+        self._has_prompt = False
+        """Whether the process has a prompt for probes: that of a group that has ended."""
         self._account, self._kept = _Account(), 0
         self._lost_at: list[int] = []
         """The versions at which processes were lost."""
@@ -138,13 +144,17 @@ class AsyncSource:
         if self._begun is None:
             self._begun = self._gone = request.seeds.step * self._order.per_step
         self._begin_restored()
+        ahead = self._begun > self._gone
         with self._progress.phase("rollout", request.needed) as bar:
             wait = SHORTEST_S
             while True:
-                self._begin(self._order.limit(self._gone, request.seeds.step))
+                self._begin(self._order.limit(self._gone, request.seeds.step, self._lead.groups))
                 reports: list[_Report] = self._meet(self._report)
                 self._gone += sum(report.gone for report in reports)
                 complete = sorted(group for report in reports for group in report.complete)
+                if ahead:
+                    self._lead.adapt(len(complete))
+                    ahead = False
                 bar.advance(min(len(complete), request.needed) - bar.done)
                 if len(complete) >= request.needed:
                     return self._take(complete[: request.needed])
@@ -165,6 +175,12 @@ class AsyncSource:
         while not all(self._meet(ended, None if found else job)):
             time.sleep(LONGEST_S / 4)
         return found[0] if found else None
+
+    def probes(self) -> Played:
+        version = self._version()
+        first = (self._share.index or 0) * PROBE_REPLIES
+        mine = [replace(one, index=first + one.index) for one in self._answer(version)]
+        return replace(together(self._gather, (), mine, None)[0], version=version)
 
     def unfinished(self) -> Callable[[], list[str]]:
         taken = tuple(self._taken)
@@ -237,6 +253,7 @@ class AsyncSource:
             if isinstance(message, GroupEnded):
                 self._complete[message.number] = message
                 self._open.pop(message.number, None)
+                self._has_prompt = self._has_prompt or Probe.of(message.results) is not None
             elif isinstance(message, Abandoned):
                 for number in message.numbers:
                     self._open.pop(number, None)
@@ -245,6 +262,8 @@ class AsyncSource:
                 account.too_old += len(message.numbers)
                 account.cut_off += message.episodes
                 account.discarded += message.tokens
+            elif isinstance(message, Probed):
+                self._probed = message
             elif isinstance(message, EngineLost):
                 self._progress.log(f"engine lost, restarting it: {message.why.splitlines()[0]}")
             elif not isinstance(message, SavedGroups):  # one that came too late for its checkpoint
@@ -254,6 +273,23 @@ class AsyncSource:
         account.stats += beat.stats
         account.deaths += beat.deaths
         return others
+
+    def _answer(self, version: int) -> tuple[Episode, ...]:
+        """The replies of this rank's engine under the weights of `version`, if they come in time."""
+        begun = time.monotonic()
+        while self._process is not None and self._has_prompt:
+            limit_s = 0.0 if self._process.asleep else PROBE_WAIT_S
+            if self._probed is not None and self._probed.version == version:
+                return self._probed.episodes
+            answer = self._process.wait_for(Probed, begun + limit_s - time.monotonic())
+            if not isinstance(answer, Probed):
+                self._progress.log(
+                    "engine mismatch is not measured in this step: the engine is lost, or did not answer within "
+                    f"{limit_s:g} s"
+                )
+                break
+            self._probed = answer
+        return ()
 
     def _take(self, chosen: Sequence[tuple[int, str, int]]) -> Played:
         """The groups of a step, given as (number, task id, version). A second group of the same task gets other
@@ -335,7 +371,7 @@ class AsyncSource:
         self._account.discarded += max(0, self._kept + self._account.generated - self._account.discarded - held)
         self._process.restart()
         self._process.wait_ready()
-        self._stop_sent = False
+        self._stop_sent = self._has_prompt = False
         # The new process has no weights yet, and would say that they begin with version 0.
         begun = ((n, group, version if group.version is None else group.version) for n, group in self._groups.items())
         again = [replace(group, version=of, ended=number not in self._open) for number, group, of in begun]
@@ -359,11 +395,3 @@ class AsyncSource:
                 )
         begun = [] if self._begun is None or self._share.index != 0 else [begun_line(self._begun)]
         return begun + group_lines(found)
-
-
-async def play_request(
-    tasks: Sequence[Task], request: RolloutRequest, setup: EpisodeSetup, speakers_for: SpeakersFor
-) -> list[Ended]:
-    """Plays some of a request's tasks. Raises EngineLostError if the engine was lost."""
-    played, dropped = await play(tasks, request.episodes, request.on(setup), speakers_for, request.seeds)
-    return [*played, *dropped]

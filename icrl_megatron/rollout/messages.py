@@ -15,6 +15,7 @@ from icrl_megatron.rollout.episode import Ended
 from icrl_megatron.rollout.open_group import OpenGroup
 from icrl_megatron.rollout.played import Job
 from icrl_megatron.settings.schema import Settings
+from icrl_megatron.types import Episode
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,15 @@ class Asleep:
 
 
 @dataclass(frozen=True)
+class Probed:
+    """The answer to a `rollout.probe.Probe`."""
+
+    version: int
+    """Version of the weights that generated its newest token."""
+    episodes: tuple[Episode, ...]
+
+
+@dataclass(frozen=True)
 class JobResult:
     value: Any
 
@@ -154,5 +164,15 @@ class ServiceFailed:
 
 
 FromService = (
-    Ready | Heartbeat | EngineLost | GroupEnded | Abandoned | Updated | Asleep | JobResult | SavedGroups | ServiceFailed
+    Ready
+    | Heartbeat
+    | EngineLost
+    | GroupEnded
+    | Abandoned
+    | Updated
+    | Asleep
+    | Probed
+    | JobResult
+    | SavedGroups
+    | ServiceFailed
 )

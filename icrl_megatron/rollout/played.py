@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from icrl_megatron.algo.headers import EpisodeHeader, decode, encode, headers_of
 from icrl_megatron.engines.protocol import EngineStats
 from icrl_megatron.engines.rank import Share
-from icrl_megatron.rollout.episode import Ended, EpisodeSetup
+from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play
 from icrl_megatron.rollout.speakers import Seeds, SpeakersFor
 from icrl_megatron.types import DroppedEpisode, Episode, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -162,6 +162,24 @@ def shared(
         if number % share.count == share.index:
             mine.append(episode)
     return Played(tuple(headers), tuple(dropped), tuple(mine), generated=generated)
+
+
+async def play_request(
+    tasks: Sequence[Task], request: RolloutRequest, setup: EpisodeSetup, speakers_for: SpeakersFor
+) -> list[Ended]:
+    """Plays some of a request's tasks. Raises EngineLostError if the engine was lost."""
+    played, dropped = await play(tasks, request.episodes, request.on(setup), speakers_for, request.seeds)
+    return [*played, *dropped]
+
+
+@runtime_checkable
+class Probing(Protocol):
+    """A source whose episodes may have no token of the current weights."""
+
+    def probes(self) -> Played:
+        """A few short replies of each engine under the current weights, in addition to the step's episodes. All ranks
+        call it together, before the actor's weights change."""
+        ...
 
 
 class WithoutEngine:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from icrl_megatron.engines.continuing import ContinuingEngine
-from icrl_megatron.engines.protocol import EngineError, EngineLostError
+from icrl_megatron.engines.protocol import EngineError, EngineLostError, Sampling
 from icrl_megatron.engines.rank import Engines
 from icrl_megatron.rollout.episode import Ended, EpisodeSetup, play_twice
 from icrl_megatron.rollout.messages import (
@@ -29,6 +29,7 @@ from icrl_megatron.rollout.messages import (
     GroupEnded,
     Heartbeat,
     JobResult,
+    Probed,
     Ready,
     RunJob,
     Save,
@@ -41,10 +42,11 @@ from icrl_megatron.rollout.messages import (
 )
 from icrl_megatron.rollout.open_group import OpenGroup
 from icrl_megatron.rollout.played import Job
+from icrl_megatron.rollout.probe import PROBE_ALONE_S, Probe
 from icrl_megatron.rollout.replay import ReplayLog, Stop, copied, recorded, tokens
 from icrl_megatron.rollout.source import MAX_DEATHS
 from icrl_megatron.rollout.speakers import Meter, Seeds, Speakers, SpeakersFor
-from icrl_megatron.types import Task, UnplayedEpisode
+from icrl_megatron.types import Completion, Ids, Task, UnplayedEpisode
 
 HEARTBEAT_S = 1.0
 """Interval of the messages that say that the process is alive."""
@@ -113,6 +115,8 @@ class RolloutService:
         self._awake = asyncio.Event()
         """Cleared while the actor may use the engine's memory."""
         self._awake.set()
+        self._probe: Probe | None = None
+        """None until a group has ended."""
         self._changing = 0
         """Updates and restarts that have not ended. None of them may let requests through while another is running."""
         engine.hold()
@@ -176,6 +180,9 @@ class RolloutService:
             for episode in playing:
                 episode.cancel()
             await asyncio.gather(*playing, return_exceptions=True)
+        known, self._probe = self._probe, Probe.of(results) or self._probe
+        if known is None and self._probe is not None:
+            self._job(self._ask(self._probe, self._engine.generate))  # later ones, when weights arrive
         self._send_counters()
         assert held.version is not None
         self._send(GroupEnded(group.number, group.task.task_id, held.version, tuple(results), held.spent.tokens))
@@ -217,6 +224,9 @@ class RolloutService:
                 self._version, self._deaths = message.version, 0
             self._heartbeat = replace(self._heartbeat, needs_weights=False)
             self._weights.set()
+            if self._probe is not None and self._changing == 1:
+                asked = self._job(self._ask(self._probe, self._engine.before_others))
+                await asyncio.wait({asked}, timeout=PROBE_ALONE_S)
         self._send_counters()  # first, so that the trainer does not send the weights again
         self._send(Updated(message.version))
         oldest = self._version - self._playing.staleness
@@ -230,6 +240,14 @@ class RolloutService:
             await self._engine.pause()
             await self._in_thread(self._engine.sleep)
         self._send(Asleep())
+
+    async def _ask(self, asked: Probe, generate: Callable[[Ids, Sampling], Awaitable[Completion]]) -> None:
+        """Sends the answer to a probe. If the engine fails, the step has none: episodes report that."""
+        requests = asked.requests(self._playing.setup, self._playing.seed, self._version)
+        with suppress(EngineError):
+            replies = await asyncio.gather(*(generate(asked.prompt_ids, sampling) for sampling in requests))
+            if some := [reply for reply in replies if len(reply.ids)]:
+                self._send(Probed(max(reply.weight_version for reply in some), asked.answered(some)))
 
     def _abandon(self, numbers: list[int]) -> None:
         """Ends groups that are too old. Those that have ended already are the trainer's to drop."""

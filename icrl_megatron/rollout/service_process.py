@@ -96,7 +96,8 @@ class RolloutProcess(NeverSleeps):
         there is no memory for the weights."""
         self._setup, self._module, self._dtype, self._hang_s, self._log = setup, module, dtype, hang_s, log
         self._weights, self._descriptor = SharedWeights.create(sizes(shapes, dtype.itemsize)[1])
-        self.ready = False
+        self.ready = self.asleep = False
+        """`asleep`: the engine takes no request until the next update (`rollout.interleave`)."""
         self._counters = Heartbeat()
         """Sums since they were taken."""
         self._messages: list[FromService] = []
@@ -242,6 +243,7 @@ class RolloutProcess(NeverSleeps):
         if self._previous_taken():
             stored = self._weights.write(stream, self._dtype)
             self._updates.append(version)
+            self.asleep = False
             self.send(Update(version, stored))
         for _ in stream:  # gathering is collective
             pass
@@ -256,6 +258,7 @@ class RolloutProcess(NeverSleeps):
         if self._previous_taken():
             self.send(Sleep())
             if self.wait_for(Asleep, limit) is not None:
+                self.asleep = True
                 return
         if not self.lost() and self._failure is None:
             self._log(

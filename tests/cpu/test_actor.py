@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +59,35 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(make: Callable[...,
     for a in (actor, undisturbed):
         assert step(a, seed=2).skipped_updates == 0
     assert same(weights(actor), weights(undisturbed))
+
+
+def test_probes_change_no_weight_and_no_number_but_the_mismatch(make: Callable[..., Actor]) -> None:
+    """Their sums are added to those of the plan's tokens."""
+    alone, probed = make(updates_per_step=2), make(updates_per_step=2)
+    for seed in range(3):
+        probe = plan(probed, seed=100 + seed)
+        batches = [batch for update in probe.updates for batch in update]
+        batches[0].stale_L[:2] = True
+        differences = [
+            one.old_L.numpy() - batch.rollout_logprobs_L
+            for of, update in zip(probed.score(probe), probe.updates, strict=True)
+            for one, batch in zip(of, update, strict=True)
+            if one.old_L is not None
+        ]
+        fresh = np.abs(np.concatenate([d[~b.stale_L] for d, b in zip(differences, batches, strict=True)]))
+        of_step = plan(probed, seed)
+        found = probed.mismatch(probe)
+        stats = probed.train(of_step, probed.score(of_step), LEARNING_RATE, found)
+        without = step(alone, seed)
+        count = without.metrics["mismatched"]
+        total = without.metrics["mismatch_abs"] * count + float(fresh.sum())
+        assert stats.metrics["mismatched"] == count + len(fresh)
+        assert stats.metrics["mismatch_abs"] == pytest.approx(total / (count + len(fresh)), rel=1e-6)
+        assert stats.metrics["mismatch_max"] == pytest.approx(max(without.metrics["mismatch_max"], fresh.max()))
+        other = {name: value for name, value in stats.metrics.items() if not name.startswith("mismatch")}
+        assert other == {name: value for name, value in without.metrics.items() if not name.startswith("mismatch")}
+        assert replace(stats, metrics={}) == replace(without, metrics={})
+        assert same(weights(probed), weights(alone))
 
 
 def test_an_update_whose_scores_are_not_finite_is_skipped(make: Callable[..., Actor]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from icrl_megatron.engines.kind import EngineKind
 from icrl_megatron.rollout.async_source import Order
+from icrl_megatron.rollout.lead import Lead
 from icrl_megatron.rollout.open_group import OpenGroup, begun_line, group_lines, read, share_of
 from icrl_megatron.rollout.replay import Logged, ReplayLog
 from icrl_megatron.run.checks import validate_settings
@@ -100,13 +101,34 @@ def test_every_group_has_one_rank(numbers: list[int], count: int) -> None:
 
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(0, 5), st.data())
 def test_no_more_begins_than_can_be_trained_on(steps: int, per_step: int, staleness: int, data: st.DataObject) -> None:
+    lead = Lead(per_step, staleness)
     order = Order(lambda n: group(n).task, per_step, steps, staleness, lambda step: 1)
     begun = gone = 0
     for step in range(steps):
         gone += data.draw(st.integers(0, 3))  # dropped ones are replaced
-        begun = max(begun, order.limit(gone, step))
+        if begun > gone:
+            lead.adapt(data.draw(st.integers(0, begun - gone)))
+        begun = max(begun, order.limit(gone, step, lead.groups))
         assert gone + per_step <= begun <= gone + (staleness + 1) * per_step, (
             "a step can be filled, and the lead is bounded"
         )
         gone += per_step
     assert begun <= gone
+
+
+def test_only_as_many_groups_are_ahead_as_the_actor_needs() -> None:
+    lead = Lead(per_step=8, most=4)
+    for complete in (8, 16, 8):  # rollouts are faster than training
+        lead.adapt(complete)
+    assert lead.groups == 8
+    grown = []
+    for _ in range(5):  # the actor waits
+        lead.adapt(7)
+        grown.append(lead.groups)
+    assert grown == [16, 24, 32, 32, 32]
+    shrunk = []
+    for _ in range(5):  # they are faster again: all are complete when a step takes its own
+        lead.adapt(lead.groups)
+        shrunk.append(lead.groups)
+    assert shrunk == [24, 20, 18, 17, 17]
+    assert Lead(8, 0).groups == 0

@@ -217,21 +217,28 @@ def test_verls_published_row() -> None:
 
 
 def measured(seconds: dict[int, float], share: float) -> dict[str, Any]:
+    """A result of bench_async: every episode has one request of 10 tokens; half of the waits are 0, half 2 s."""
     medians = {f"{case}, {k}": {"seconds_per_episode": seconds[k]} for case in predict_async.CASES for k in seconds}
     medians["no waits, 0"]["waited_share"] = share
-    return {"medians": medians, "settings": {"median_s": 0.4, "sigma": 1.0, "steps": 24, "skip": 6}}
+    slow, fast = ([[[10.0, wait_s]]] * 4 for wait_s in (2.0, 0.0))
+    traces = {"waiting": [slow, fast] * 4, "no waits": [fast] * 8}
+    return {"medians": medians, "traces": traces, "settings": {"steps": 24, "skip": 6, "interleave": False}}
 
 
 def test_the_benchmark_is_predicted_from_its_synchronous_arm() -> None:
     """A step of 32 episodes takes 3.2 s, 0.8 of them rollout: without waits nothing but those can overlap."""
-    arms = predict_async.predict(measured(dict.fromkeys((0, 1, 2, 4), 0.1), 0.25), failed=1.0)
-    found = {(arm.case, arm.staleness): arm for arm in arms}
+    result = measured(dict.fromkeys((0, 1, 2, 4), 0.1), 0.25)
+    found = {(arm.case, arm.staleness): arm for arm in predict_async.predict(result)}
     assert found["no waits", 0].predicted_s == pytest.approx(0.1)
     assert found["no waits", 4].predicted_s == pytest.approx(0.075)
     assert found["no waits", 4].predicted == pytest.approx(1 / 0.75)
-    assert found["waiting", 0].predicted_s > 0.1
-    assert found["waiting", 4].predicted > found["waiting", 1].predicted > 1.0
+    assert found["waiting", 0].predicted_s == pytest.approx(0.1 + 2.0 / 32)
+    assert found["waiting", 4].predicted_s == pytest.approx(0.075)
+    result["settings"]["interleave"] = True
+    found = {(arm.case, arm.staleness): arm for arm in predict_async.predict(result)}
+    assert 0.075 < found["no waits", 4].predicted_s <= 0.1 + 1e-9
+    assert found["waiting", 4].predicted_s < found["waiting", 0].predicted_s
     with pytest.raises(ValueError, match="bench_async"):
-        predict_async.predict({"medians": {}}, failed=1.0)
-    with pytest.raises(ValueError, match="waited_share"):
-        predict_async.predict(measured(dict.fromkeys((0, 1, 2, 4), 0.1), 1.5), failed=1.0)
+        predict_async.predict({"medians": {}})
+    with pytest.raises(ValueError, match="below 1"):
+        predict_async.predict(measured(dict.fromkeys((0, 1, 2, 4), 0.1), 1.5))

@@ -16,6 +16,7 @@ from icrl_megatron.rollout.messages import (
     GroupEnded,
     Heartbeat,
     JobResult,
+    Probed,
     RunJob,
     Save,
     SavedGroups,
@@ -23,10 +24,16 @@ from icrl_megatron.rollout.messages import (
 )
 from icrl_megatron.rollout.open_group import OpenGroup
 from icrl_megatron.rollout.played import Gather, RolloutRequest
+from icrl_megatron.rollout.probe import Probe
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.settings.task_schema import TaskSource
-from icrl_megatron.types import Episode, Task
+from icrl_megatron.types import Completion, Task, id_array, logprob_array
 from icrl_megatron.utils.progress import Progress
+
+
+def probed(version: int, task: Task) -> Probed:
+    reply = Completion(id_array((5, 6)), logprob_array((-1.0, -2.0)), "length", version)
+    return Probed(version, Probe(task, (3, 4)).answered([reply, reply]))
 
 
 class Process:
@@ -35,7 +42,8 @@ class Process:
     def __init__(self, slow: frozenset[int] = frozenset()) -> None:
         self.slow, self.said = slow, list[ToService]()
         self.messages, self.died, self.restarts = list[FromService](), "", 0
-        self.dies_after_job = False
+        self.dies_after_job = self.asleep = False
+        self.late = list[Probed]()
 
     def send(self, message: ToService) -> None:
         self.said.append(message)
@@ -46,7 +54,7 @@ class Process:
             self.died = "It died." if self.dies_after_job and not self.restarts else ""
 
     def ended(self, of: OpenGroup) -> GroupEnded:
-        episodes = (Episode(of.task, 0, (), ()),)
+        episodes = (probed(9, of.task).episodes[0],)
         return GroupEnded(of.number, of.task.task_id, of.version if of.version is not None else 9, episodes, 0)
 
     def of(self, kind: type[ToService]) -> list[ToService]:
@@ -71,7 +79,7 @@ class Process:
     def wait_ready(self) -> None: ...
 
     def wait_for(self, kind: type[FromService], timeout_s: float) -> FromService | None:
-        return None
+        return self.late.pop(0) if self.late and kind is Probed else None
 
 
 def source(
@@ -125,6 +133,22 @@ def test_a_late_answer_to_a_checkpoint_is_ignored() -> None:
     assert len(lines()) == 1 + 4 and process.of(Save)
     process.messages.append(SavedGroups(()))
     assert len(playing.play(request(1)).headers) == 2
+
+
+def test_a_step_takes_probes_of_its_own_version_only() -> None:
+    process, task = Process(), ladder("0", 3)
+    playing = source(process, share=Share(1, 2))
+    process.late += [probed(8, task), probed(9, task)]
+    assert playing.probes().headers == (), "no group has ended, so the process has no prompt, and nothing is waited for"
+    process.messages += [probed(8, task), process.ended(OpenGroup(1, task, 20))]
+    playing._receive()
+    for _ in range(2):  # the second time it has arrived already
+        found = playing.probes().episodes
+        assert [(of.index, of.attempts[0].turns[0].completion.weight_version) for of in found] == [(8, 9), (9, 9)]
+    process.messages.append(probed(8, task))
+    playing._receive()
+    assert playing.probes().headers == playing.probes().episodes == ()
+    assert source(None, share=Share(None, 2)).probes().headers == ()
 
 
 def test_ranks_draw_the_same_tasks_while_a_curriculum_changes() -> None:

@@ -81,6 +81,38 @@ async def test_a_request_waits_until_the_engine_has_weights(folders: list[Path])
     assert (await asked).weight_version == 5
 
 
+async def test_a_request_before_the_others_has_one_version_and_does_not_continue(folders: list[Path]) -> None:
+    engine = make_engine(folders[0])
+    continuing = ContinuingEngine(engine, everything)
+    waits = asyncio.ensure_future(continuing.generate([7, 8], sampling(0, new=20, stop=())))
+    ended: list[str] = []
+    waits.add_done_callback(lambda _: ended.append("waits"))
+    for version, folder in enumerate(folders[1:], 1):
+        for _ in range(9):
+            await asyncio.sleep(0)
+        await continuing.pause()
+        engine.update_weights(load_file(folder / "model.safetensors").items(), version)
+        begun = asyncio.ensure_future(continuing.before_others([9, 10], sampling(1, new=20, stop=())))
+        begun.add_done_callback(lambda _, version=version: ended.append(str(version)))  # type: ignore[misc]
+        if version == 1:
+            assert (await begun).finish_reason == "length"
+            continuing.resume()
+            continue
+        for _ in range(9):
+            await asyncio.sleep(0)
+        continuing.resume()
+        await continuing.pause()
+        assert begun.done(), "the next pause ends it"
+        engine.update_weights(load_file(folders[0] / "model.safetensors").items(), 3)
+        continuing.resume()
+    cut_off = await begun
+    assert (cut_off.weight_version, cut_off.older, cut_off.finish_reason) == (2, (), "abort")
+    assert 0 < len(cut_off.ids) < 20
+    assert len((await waits).ids) == 20 and ended[0] == "1"
+    expected = teacher_forced(folders[2], [9, 10], cut_off.ids.tolist(), 1.0).numpy()
+    np.testing.assert_allclose(cut_off.logprobs, expected, atol=2e-5)
+
+
 async def test_the_rest_of_a_reply_draws_other_random_numbers(folders: list[Path]) -> None:
     """With the same ones, a policy that does not depend on the context would repeat the beginning."""
     seeds = {rest_seed(seed, tokens) for seed in range(20) for tokens in range(1, 20)}

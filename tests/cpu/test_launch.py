@@ -120,6 +120,16 @@ def test_rank_0_prints_to_the_terminal_and_other_ranks_to_logs(start: Start, ran
     assert log.read_text() == f"hello from {ranks - 1}\n"
 
 
+@pytest.mark.parametrize(("processes", "threads"), [(1, "8"), (2, "4"), (3, "2"), (16, "1")])
+def test_processes_that_compute_at_once_share_the_cores(
+    processes: int, threads: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With more threads than cores, an asynchronous run on a busy machine took five times as long."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert launch._environment(processes, tmp_path, tmp_path, tmp_path)["OMP_NUM_THREADS"] == threads
+
+
 ENDS_SLOWLY = """
 class Last:
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1):

@@ -20,6 +20,7 @@ from icrl_megatron.engines.local import LocalEngine
 from icrl_megatron.engines.protocol import EngineError, EngineLostError, EngineStats, Sampling
 from icrl_megatron.engines.rank import ONE_RANK, Engines
 from icrl_megatron.model.tiny import build_tiny
+from icrl_megatron.rollout import service
 from icrl_megatron.rollout.episode import EpisodeSetup
 from icrl_megatron.rollout.messages import (
     Asleep,
@@ -28,6 +29,7 @@ from icrl_megatron.rollout.messages import (
     FromService,
     GroupEnded,
     Heartbeat,
+    Probed,
     Save,
     SavedGroups,
     Sleep,
@@ -36,6 +38,7 @@ from icrl_megatron.rollout.messages import (
     Updated,
 )
 from icrl_megatron.rollout.open_group import OpenGroup
+from icrl_megatron.rollout.probe import PROBE_REPLIES, PROBE_TOKENS
 from icrl_megatron.rollout.replay import tokens
 from icrl_megatron.rollout.service import GroupSetup, RolloutService
 from icrl_megatron.rollout.speakers import EngineSpeaker, same_speakers
@@ -192,6 +195,64 @@ async def test_a_lost_engine_serves_only_with_the_current_weights_and_is_sent_th
         assert set.union(*map(versions, talk.ended().values())) == {1}
         assert sum(beat.deaths for beat in talk.heard if isinstance(beat, Heartbeat)) == 1
         assert talk.of(EngineLost) == [EngineLost("It died.")]
+
+
+def replies(talk: Talk) -> dict[int, list[Completion]]:
+    """The answers to probes by the version that they were sent for."""
+    found: dict[int, list[Completion]] = {}
+    for probed in talk.of(Probed):
+        assert isinstance(probed, Probed)
+        for episode in probed.episodes:
+            (turn,) = episode.attempts[0].turns
+            found.setdefault(probed.version, []).append(turn.completion)
+    return found
+
+
+async def test_every_update_is_probed_before_other_requests_continue(folders: list[Path]) -> None:
+    async with talking(folders, staleness=9) as talk:
+        talk.say(Update(1, ()))
+        talk.say(begin(0))
+        await talk.until(lambda: talk.ended() and talk.of(Probed))
+        talk.say(begin(1, 2, 3))
+        for version in (2, 3, 4):
+            tokens_before = talk.service._meter.tokens
+            await talk.until(lambda before=tokens_before: talk.service._meter.tokens > before)  # type: ignore[misc]
+            talk.say(Update(version, ()))
+            await talk.until(lambda version=version: version in replies(talk))  # type: ignore[misc]
+            found = replies(talk)[version]
+            assert all((of.weight_version, of.older) == (version, ()) and len(of.ids) > 0 for of in found)
+            assert len({of.ids.tobytes() for of in found}) > 1, "each has its own seed"
+        await talk.until(lambda: len(talk.ended()) == 4)
+        assert set(replies(talk)) == {1, 2, 3, 4} and len(talk.of(Probed)) == 4
+        generated = sum(beat.generated for beat in talk.heard if isinstance(beat, Heartbeat))
+        assert generated == sum(of.tokens for of in talk.ended().values()), "probes are not among the groups' tokens"
+
+
+async def test_an_engine_that_does_not_answer_a_probe_costs_only_the_probe(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "PROBE_ALONE_S", 0.1)
+    async with talking(folders, staleness=9) as talk:
+        talk.say(Update(1, ()))
+        talk.say(begin(0))
+        await talk.until(lambda: talk.ended() and talk.of(Probed))
+        answer, hangs = talk.engine.generate, asyncio.Event()
+
+        async def generate(prompt_ids: object, sampling: Sampling) -> Completion:
+            if sampling.max_new_tokens == PROBE_TOKENS // PROBE_REPLIES and talk.service._version == 2:
+                await hangs.wait()
+                raise EngineError("It does not answer.")
+            return await answer(prompt_ids, sampling)
+
+        monkeypatch.setattr(talk.engine, "generate", generate)
+        talk.say(Update(2, ()))
+        talk.say(begin(1))
+        await talk.until(lambda: len(talk.ended()) == 2)
+        assert versions(talk.ended()[1]) == {2}
+        hangs.set()
+        talk.say(Update(3, ()))
+        await talk.until(lambda: len(talk.of(Probed)) == 2)
+        assert set(replies(talk)) == {1, 3}
 
 
 @pytest.mark.parametrize("which", ["trained", "frozen"])
