@@ -188,6 +188,7 @@ def cleaned(text: str) -> str:
     if (named := _TUPLE.match(text)) is not None and (letters := re.findall("[a-z]", named[1])) == sorted(letters):
         text = text[named.end() :]
     text = re.sub(r"^[A-Za-z]\s*\\in\s*(?=[\[(]|\\\{)", "", _QUALIFIER.sub("", text))
+    text = re.sub(r"\\[lc]?dots$", "...", text.rstrip())
     return re.sub(r"\s+", " ", text if _GOES_ON.search(text) else _ENDS.sub("", text)).strip()
 
 

@@ -76,9 +76,10 @@ def _equal(given: str, gold: str, tolerance: float) -> bool:
 def _unlike(given: str, gold: str) -> bool:
     """Whether two texts that differ are of kinds that math-verify takes for the same: a set and a pair or an interval,
     two units behind numbers, and a decimal of unknown digits."""
-    shapes = [("{" if text.startswith("\\{") else text[0]) for text in (given, gold)]
-    if "{" in shapes and ({"(", "["} & set(shapes)):
-        return all(text.endswith((")", "]", "}")) and "\\cup" not in text for text in (given, gold))
+    for one, other in ((given, gold), (gold, given)):
+        a_set = one.startswith("\\{") and one.endswith("\\}") and not one[2:].lstrip().startswith(("(", "["))
+        if a_set and other[0] in "([" and other[-1] in ")]" and "\\cup" not in one + other:
+            return True
     units = notations.glued_unit(given), notations.glued_unit(gold)
     if all(units) and units[0] != units[1] and max(map(len, units)) > 1:  # one letter may be a variable
         return True

@@ -42,7 +42,7 @@ def figure(text: str) -> tuple[str, str] | None:
     found = _FIGURE.fullmatch(text.strip())
     if found is None:
         return None
-    kind, points = found[1], found[2].replace(" ", "")
+    kind, points = found[1].replace("vec", "overrightarrow"), found[2].replace(" ", "")
     return kind, min(points, points[::-1]) if kind in _UNDIRECTED else points
 
 
