@@ -94,6 +94,18 @@ EQUAL: dict[str, list[tuple[str, str]]] = {
         ("10 students", "10"), ("Monday, Tuesday", "Monday, Tuesday"), ("{1, 2}", "1,2"),
         (r"\left\{1,2\right\}", "2,1"), (r"\$3.50", "3.5"), ("3.50 USD", "3.5"),
     ],
+    "notations": [
+        ("2031-04-09", "2031-4-9"), ("9/4/2031", "09/04/2031"), ("0x1F", "1F_{16}"), ("4 pm", "4:00 PM"),
+        ("6 ft 2 in", r"6\text{ ft }2\text{ in}"), (r"\angle PQR", r"\angle RQP"), (r"\overline{PQ}", r"\overline{QP}"),
+        (r"4 \pmod{9}", "4 (mod 9)"), (r"4 \bmod 9", r"4 (\mod 9)"), ("k \u2261 4 (mod 9)", r"k \equiv 4 \pmod 9"),
+        ("\u20ac7", "7"), ("\u00a37.50", "7.5"), ("~~7~~", "7"), ("<b>7</b>", "7"), (r"7\,", "7"),
+        (r"7~\text{cm}", "7 cm"),
+        (r"\frac{\pi}{3}\text{ radians}", r"\frac{\pi}{3}"), (r"\R", r"\mathbb{R}"), ("\u211d", r"\mathbb{R}"),
+        (r"\{(4,7),(1,2)\}", "(1,2),(4,7)"), (r"1,2,4,\ldots", r"1,2,4,\dots"),
+        (r"\vec{PQ}", r"\overrightarrow{PQ}"), (r"\{5\}\cup(6,7)", r"(6,7)\cup\{5\}"),
+        ("(4,7)", "4,7"), ("7'", "7"), ("7cm", "7 cm"), (r"\sum_{i=1}^{4} i", "10"),
+        (r"\sum_{i=1}^{n} 2i", r"2\sum_{i=1}^{n} i"),
+    ],
 }  # fmt: skip
 
 DIFFERENT: dict[str, list[tuple[str, str]]] = {
@@ -176,13 +188,25 @@ DIFFERENT: dict[str, list[tuple[str, str]]] = {
         (r"\sqrt{4}", "-2"), ("|x|", "x"), (r"\frac{a}{b}", r"\frac{b}{a}"), ("a^b", "b^a"), (r"\infty", "1000"),
         ("undefined", "0"), ("none", "0"), ("no", "0"), ("yes", "1"), ("true", "1"), ("zero", "0.1"),
     ],
+    "notations": [
+        ("2031-04-09", "2031-09-04"), ("2031/04/09", "2031/09/04"), ("1998-11-30", "1957"), ("9/4/2031", "4/9/2031"),
+        ("0.272727...", "0.272727"), ("0.777...", "0.777"), ("2.71...", "2.71"), (r"2.99\ldots", "2.99"),
+        (r"\{(4,7)\}", "(7,4)"), ("1,2,4,...", "1,2,4"),
+        ("(4,7)", r"\{4,7\}"), (r"\{4,7\}", "(4,7)"), ("[4,7]", r"\{4,7\}"), ("(7,4)", "4,7"), ("4,7", "(7,4)"),
+        ("0x20", "0x21"), ("0b10", "0b11"), ("4 pm", "4 am"), ("4 pm", "4 cm"), ("6 ft 2 in", "2 ft 6 in"),
+        ("7kg", "7g"), ("7cm", "7m"), ("7'", "7''"), (r"\triangle PQR", r"\triangle PRQ"),
+        (r"\angle PQR", r"\angle QRP"), (r"\overrightarrow{PQ}", r"\overrightarrow{QP}"),
+        (r"4 \pmod{9}", r"4 \pmod{8}"),
+        ("\u20ac7", "\u00a37"), (r"\frac{\pi}{3}\text{ radians}", r"\frac{\pi}{3}\text{ degrees}"),
+        (r"\sum_{i=1}^{4} i", "11"),
+    ],
 }  # fmt: skip
 
 MEANINGLESS = (
     "nan", "NaN", "None", "null", "NULL", "N/A", "n/a", "#N/A", "{}", "[]", "TODO", "TBD", "?", "-", "--", "...", "",
     " ", "$$",
     r"\boxed{}", r"\text{}", "#### ", '{"style": "rule", "ground_truth": null}', "unknown", "Not available",
-    "see solution", "answer",
+    "see solution", "answer", "nil", "(none)", "No answer", "{ }", "[ ]", "**N/A**", "[None]", '["4", null]', "[nan]",
 )  # fmt: skip
 MEANINGFUL = (
     "0", "-1", r"\text{none}", "none", "True", "False", "no", "undefined", r"\emptyset", r"\{\}", "A", "x",

@@ -40,6 +40,10 @@ TASKS_PER_STEP, EPISODES_PER_TASK = 8, 4
 TARGET, NEVER_SLOWER = 1.7, 0.95
 POLL_S = 0.01
 LIMIT_S = 1800.0
+LEARNING_RATE = 1e-12
+"""The policy stays the same: otherwise the arms would learn to give different answers, and wait differently long."""
+WARM_START_STEPS = 120
+"""So that most replies have an action, and therefore a wait."""
 MEASURED = ("rounds", "steps", "skip", "median_s", "sigma", "interleave")
 """Arguments that the result repeats."""
 
@@ -72,7 +76,7 @@ def arm(
     overrides = [
         *(f"model.path={model}", "warm_start.steps=0", f"steps={arguments.steps}", "checkpoint.interval=1000"),
         *(f"rollout.tasks_per_step={TASKS_PER_STEP}", f"rollout.episodes_per_task={EPISODES_PER_TASK}"),
-        *("algo.on_no_signal=train", "algo.max_resamples=0"),
+        *("algo.on_no_signal=train", "algo.max_resamples=0", f"optim.learning_rate={LEARNING_RATE}"),
         *("algo.mismatch_correction.enabled=true", f"rollout.staleness={staleness}"),
         f"telemetry.dump={'none' if staleness else 'all'}",
         f"tasks.sources=[{{name: '{TASKS}:WaitingRulebook', options: {{median_s: {wait[0]}, sigma: {wait[1]}}}}}]",
@@ -137,7 +141,8 @@ def main() -> None:
     traces = dict[str, list[list[list[list[float]]]]]()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        train(folder / "start", "steps=1", "warm_start.steps=40", "algo.on_no_signal=train", "algo.max_resamples=0")
+        started = ("steps=1", f"warm_start.steps={WARM_START_STEPS}", "algo.on_no_signal=train", "algo.max_resamples=0")
+        train(folder / "start", *started)
         model = folder / "start" / "warm_start" / "hf"
         for turn in range(arguments.rounds):
             for case, wait in cases.items():

@@ -75,6 +75,11 @@ def source(given: str) -> Path:
     for root in (path, path / "checkpoints"):
         if found := _checkpoints(root):
             return found[-1]
+    if (path / "config.json").exists():
+        raise ConfigError(
+            f"start_from={given}: a Hugging Face folder, which is no checkpoint; give model.path={given} in place of "
+            f"it, or import it first: icrl import {given} FOLDER"
+        )
     raise ConfigError(
         f"start_from={given}: no checkpoint there; give a step_NNNNNN folder, the folder that has them, or a run folder"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 import types
 import typing
@@ -316,6 +317,8 @@ def _type_of(key: str, source: TaskSource | None, raw: str = "", config: DictCon
         )
     if typing.get_origin(known.get(section)) is dict:
         return typing.get_args(known[section])[1]
+    if any(_is_open(known.get(above)) for above in itertools.accumulate(section.split("."), "{}.{}".format)):
+        return Any
     near = nearest(key, section, dotted.rpartition(".")[2], known)
     name = key.rpartition(".")[2]
     if near:
@@ -325,6 +328,12 @@ def _type_of(key: str, source: TaskSource | None, raw: str = "", config: DictCon
     if section in known and siblings:
         raise ConfigError(f"unknown setting {key!r}: {section} has {', '.join(siblings)}; leave {name} out")
     raise ConfigError(f"unknown setting {key!r}: leave it out; `icrl settings` lists all settings")
+
+
+def _is_open(hint: Any) -> bool:
+    """Whether a setting is a mapping whose values may be mappings and lists themselves, such as another package's
+    arguments."""
+    return typing.get_origin(hint) is dict and typing.get_args(hint)[1] is Any
 
 
 def _instead(key: str, near: str, raw: str, config: DictConfig | None) -> str:
@@ -355,6 +364,8 @@ def _check_elements(section: Any, prefix: str) -> None:
     """Raises ConfigError for a mapping or a list inside a list of texts, which OmegaConf lets in."""
     for name, hint in typing.get_type_hints(type(section)).items():
         value = getattr(section, name)
+        if _is_open(hint):
+            continue
         elements = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
         for element in elements:
             if dataclasses.is_dataclass(element):

@@ -221,19 +221,15 @@ class AgentGym:
         """A new environment on the least-loaded server that can create one."""
         failure: EnvironmentFailure | None = None
         for _ in range(min(3, len(self.pool().servers) + 1)):
-            server = self.pool().choose()
-            server.episodes += 1
             try:
-                if server.url not in self._dialects:
-                    self._dialects[server.url] = await probe(self.pool(), server)
-                session = AgentGymSession(self.name, self.pool(), server, self._dialects[server.url])
-                with _protocol_failures(session):
-                    await session.create()
-                return session
-            except BaseException as error:
-                server.episodes -= 1
-                if not isinstance(error, EnvironmentFailure):
-                    raise
+                with self.pool().opening() as server:
+                    if server.url not in self._dialects:
+                        self._dialects[server.url] = await probe(self.pool(), server)
+                    session = AgentGymSession(self.name, self.pool(), server, self._dialects[server.url])
+                    with _protocol_failures(session):
+                        await session.create()
+                    return session
+            except EnvironmentFailure as error:
                 failure = error
         assert failure is not None
         raise failure

@@ -20,7 +20,8 @@ _CHARACTERS = {
     "\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u22c5": "\\cdot ", "\u00f7": "\\div ", "\u03c0": "\\pi ",
     "\u221e": "\\infty ", "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u222a": "\\cup ",
     "\u2229": "\\cap ", "\u2205": "\\emptyset ", "\u2208": "\\in ", "\u00b1": "\\pm ", "\u2026": "...",
-    "\u00b0": "^{\\circ}", "\u2248": "\\approx ", "\u2018": "'", "\u2019": "'",
+    "\u00b0": "^{\\circ}", "\u2248": "\\approx ", "\u2261": "\\equiv ", "\u211d": "\\mathbb{R}",
+    "\u2018": "'", "\u2019": "'",
 }  # fmt: skip
 _TRANSLATED = str.maketrans(_CHARACTERS)
 _SUPERSCRIPTS = str.maketrans(
@@ -35,19 +36,22 @@ _STRONG = re.compile(r"(?<![\w)}\]])\*\*([^\s*](?:[^*]*[^\s*])?)\*\*(?![\w({\\])
 _EMPHASIS = re.compile(r"\\(?:text(?:bf|it|rm|sf|sc)|mathbf|mathit|boldsymbol|emph|bm|underline)\s*\{([^{}]*)\}")
 _TEXT = re.compile(r"\\(?:text|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _ENDS = re.compile(r"[\s.,;]+$")
+_NOTHING = re.compile(r"(?:^|,)\s*(?:None|null|nan|NaN)\s*(?:,|$)")
+_MOD = re.compile(r"\s*\(?\s*\\(?:pmod|bmod|mod)\s*(?:\{([^{}]*)\}|(\w+))\s*\)?|\s*\(\s*mod(?:ulo)?\s+(\w+)\s*\)")
+_TAG = re.compile(r"<(b|i|em|strong|u|sub|p|span)>(.*)</\1>|~~(.*)~~", re.S)
+_GOES_ON = re.compile(r"(?:\.\.\.|\\(?:l|c)?dots)$")
 _NAMED = re.compile(r"^[A-Za-z](?:_\{?\w+\}?)?\s*=\s*")
 _QUALIFIER = re.compile(
     r"[,;(]?\s*(?:where|for|with)?\s*[a-z]\s*(?:\\in|is an)\s*(?:\\(?:mathbb|mathbf)\{?\s*[ZN]\}?|integer)\)?$"
 )
-_DOLLARS = re.compile(r"(-?)\\?\$(\d[\d,]*(?:\.\d+)?)")
-"""A price; the dollar signs around a formula come in pairs."""
+_PRICE = re.compile(r"(-?)(\\?\$|[\u20ac\u00a3\u00a5])\s?(\d[\d,]*(?:\.\d+)?)")
+"""The dollar signs around a formula come in pairs."""
+_CURRENCIES = {"\u20ac": "euros", "\u00a3": "pounds sterling", "\u00a5": "yen"}
 _ANGLE = re.compile(
     r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?\d\}?)?)\s*(\(?)\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?\s*(\)?)"
 )
 """The sine of a number of degrees."""
 _TUPLE = re.compile(r"\(\s*([a-z](?:\s*,\s*[a-z])+)\s*\)\s*=\s*(?=\()")
-_TIME = re.compile(r"\d{1,2}:\d{2}(?: ?[ap]\.?m\.?)?", re.I)
-_BASED = re.compile(r"\(?([0-9A-Fa-f]+)\)?_\{?(\d{1,2})\}?")
 _CHOICE = re.compile(r"(?:(?i:option|choice) )?(?:\(?([A-J])(?:\)|[.:)])(?:\s.*)?|([A-J]))")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z' .()-]*")
 _VARIABLES = re.compile(r"[xyz]{2,3}")
@@ -77,7 +81,7 @@ _SHORT = frozenset(
 )
 _MEANINGLESS = frozenset(
     ("", "nan", "null", "n/a", "#n/a", "na", "todo", "tbd", "?", "-", "--", "...", "[]", "{}", "answer", "unknown")
-) | {"proof", "see solution", "see above", "not available", "not applicable"}
+) | {"nil", "(none)", "no answer", "proof", "see solution", "see above", "not available", "not applicable"}
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,14 @@ def meaningless(label: str) -> bool:
             return False
     inner = last_box(bare)
     bare = _TEXT.sub(r"\1", bare if inner is None else inner).strip()
+    if (marked := _MARKED.fullmatch(bare)) is not None:
+        bare = marked[2]
     if bare.casefold() == "none":
         return label.strip() == "None"
+    if bare[:1] in ("[", "{") and not bare[1:-1].strip():
+        return True
+    if bare.startswith("[") and bare.endswith("]") and _NOTHING.search(bare[1:-1]):
+        return True
     return (bare.casefold().rstrip(".") if set(bare) != {"."} else "...") in _MEANINGLESS
 
 
@@ -143,9 +153,11 @@ def cleaned(text: str) -> str:
         text = text[2:-2].strip()
     if (marked := _MARKED.fullmatch(text)) is not None:
         text = marked[2]
+    if (tagged := _TAG.fullmatch(text)) is not None:
+        text = tagged[2] or tagged[3] or ""
     text = text.translate(_TRANSLATED)
-    if (price := _DOLLARS.fullmatch(text)) is not None:
-        text = f"{price[1]}{price[2]} dollars"
+    if (price := _PRICE.fullmatch(text)) is not None:
+        text = f"{price[1]}{price[3]} {_CURRENCIES.get(price[2], 'dollars')}"
     text = _ROOT.sub(lambda m: f"\\sqrt{{{m[2] or m[1]}}}", text)
     text = _RAISED.sub(lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
     text = _FRACTIONS.sub(lambda m: _fraction(m[0]), text)
@@ -157,6 +169,10 @@ def cleaned(text: str) -> str:
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}", text)
+    text = _MOD.sub(lambda m: f" (mod {m[1] or m[2] or m[3]})", text)
+    text = re.sub(r"(?<=\S)~(?=\S)", " ", text).replace("\\R", "\\mathbb{R}") if "\\" in text else text
+    text = re.sub(r"(?:\\[,;: ])+$", "", text)
+    text = re.sub(r"(\\pi.*?)\s*(?:\\text\{\s*radians?\s*\}|\sradians?)$", r"\1", text)
     text = _ANGLE.sub(_radians, text)
     text = re.sub(r"\{?\^\s*\{?\s*\\(?:circ|degree)\s*\}?\}?", " degrees", text)
     text = (
@@ -172,8 +188,8 @@ def cleaned(text: str) -> str:
     if (named := _TUPLE.match(text)) is not None and (letters := re.findall("[a-z]", named[1])) == sorted(letters):
         text = text[named.end() :]
     text = re.sub(r"^[A-Za-z]\s*\\in\s*(?=[\[(]|\\\{)", "", _QUALIFIER.sub("", text))
-    dots = text.endswith(("...", "\\ldots", "\\dots", "\\cdots"))
-    return re.sub(r"\s+", " ", text if dots else _ENDS.sub("", text)).strip()
+    text = re.sub(r"\\[lc]?dots$", "...", text.rstrip())
+    return re.sub(r"\s+", " ", text if _GOES_ON.search(text) else _ENDS.sub("", text)).strip()
 
 
 def _fraction(character: str) -> str:
@@ -191,7 +207,7 @@ def _radians(found: re.Match[str]) -> str:
 def plain(text: str) -> str:
     """A cleaned text as words: without \\text, in one case unless letters may be variables."""
     bare = re.sub(r"\s+", " ", re.sub(r"\\(?=[ ,;:])", "", _TEXT.sub(r"\1", text))).strip()
-    bare = _ENDS.sub("", bare)
+    bare = bare if _GOES_ON.search(bare) else _ENDS.sub("", bare)
     return bare.casefold() if re.search(r"[A-Za-z]{3}", bare) and "\\" not in bare else bare
 
 
@@ -203,6 +219,9 @@ def quantity(text: str) -> Quantity | None:
         return None if number is None else Quantity(number, "%")
     if (number := exact_numbers.value(bare)) is not None:
         return Quantity(number, "")
+    if (primes := re.search(r"('{1,2}|\")$", bare)) is not None:
+        number = exact_numbers.value(bare[: primes.start()])
+        return None if number is None else Quantity(number, primes[0].replace('"', "''"))
     bare = _TEXT.sub(r" \1", bare).replace("\\,", " ").replace("\\ ", " ").strip()
     found = _QUANTITY.fullmatch(re.sub(r"\s+", " ", bare))
     if found is None or (unit := _unit(found[2], found[1], bare)) is None:
@@ -295,16 +314,11 @@ def choice(text: str) -> str | None:
     return None if found is None else found[1] or found[2]
 
 
-def time_of_day(text: str) -> str | None:
-    return re.sub(r"[ .]", "", text.casefold()) if _TIME.fullmatch(text) else None
+def unit(word: str) -> str:
+    """The unit that a word in lower case names; empty if it names none."""
+    return _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or ""
 
 
-def based(text: str) -> tuple[int, int] | None:
-    """(value, base) of a number such as 120_8; None if it is not one."""
-    found = _BASED.fullmatch(text.replace(" ", ""))
-    if found is None or not 2 <= int(found[2]) <= 16:
-        return None
-    try:
-        return int(found[1], int(found[2])), int(found[2])
-    except ValueError:
-        return None
+def without_text(text: str) -> str:
+    """Without LaTeX's commands for words, such as \\text."""
+    return re.sub(r"\s+", " ", _TEXT.sub(r" \1 ", text)).strip()

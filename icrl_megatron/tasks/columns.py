@@ -34,6 +34,15 @@ _SPEAKERS = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
+_WRITTEN = re.compile(
+    r"(?:array\()?[\[(\s]*(?:\{\s*['\"]\w+['\"]\s*:(?=.*['\"](?:role|from)['\"]\s*:)|\{\s*['\"]role['\"]\s*:"
+    r"|\{\s*'(?:content|value)'\s*:|[A-Za-z]\w*\(role=)",
+    re.S,
+)
+"""How text begins that a program wrote of messages. Only JSON of a list of messages is read."""
+_PYTHON_TEXT = re.compile(r"b'.*'|b\".*\"|[\[(]\s*(?:'[^']*'|\"[^\"]*\")\s*,?\s*[\])]", re.S)
+"""Python's notation of bytes, and of a list with one text."""
+_PYTHON_LABEL = re.compile(r"b'.*'|b\".*\"|\[\s*'.*'\s*\]", re.S)
 MISSING = object()
 
 
@@ -43,10 +52,13 @@ class Columns:
     label: str
     """Empty: the last message of the prompt's conversation, which the assistant wrote."""
     recognized: bool = False
+    more: str = ""
+    """A column whose text follows the prompt where it is not empty: the `input` of instruction rows."""
 
     def described(self) -> str:
         label = f"column {self.label}" if self.label else "its last assistant message"
-        return f"prompt = column {self.prompt}, label = {label}"
+        prompt = f"columns {self.prompt} and {self.more}" if self.more else f"column {self.prompt}"
+        return f"prompt = {prompt}, label = {label}"
 
 
 def columns_of(fields: Fields, data: Rows, split: Split, where: str) -> Columns:
@@ -61,7 +73,8 @@ def columns_of(fields: Fields, data: Rows, split: Split, where: str) -> Columns:
     if prompt in _CONVERSATIONS and not any(_found(fields, name) for name in (*_LABELS, *_SOLUTIONS)):
         return Columns(prompt, "", recognized=True)
     group = _LABELS if any(_found(fields, name) for name in _LABELS) else _SOLUTIONS
-    return Columns(prompt, _only(fields, group, where, split, "label_column"), recognized=True)
+    more = "input" if prompt == "instruction" and isinstance(fields.get("input"), str) else ""
+    return Columns(prompt, _only(fields, group, where, split, "label_column"), recognized=True, more=more)
 
 
 def _only(fields: Fields, names: Sequence[str], where: str, split: Split, setting: str) -> str:
@@ -127,6 +140,8 @@ def texts(fields: Fields, columns: Columns, where: str, split: Split, join: bool
             _named(fields, columns.label, where, split, "label_column"), f"{where}: column {columns.label!r}"
         )
         prompt, system = _prompt(value, at, join, answered=columns.prompt in _CONVERSATIONS)
+        if columns.more and (further := fields.get(columns.more)):
+            prompt = f"{prompt}\n\n{_prompt(further, f'{where}: column {columns.more!r}', join)[0]}"
         return Texts(prompt, label, system)
     messages = _messages(value)
     if messages is None or len(messages) < 2 or _role(messages[-1]) != "assistant":
@@ -171,8 +186,11 @@ def _prompt(value: Any, at: str, join: bool, answered: bool = False) -> tuple[st
         raise ConfigError(f"{at} is {what}; a prompt is text or a list of chat messages: fix or delete the row")
     if not value.strip():
         raise ConfigError(f"{at} is empty ({value!r}); fix or delete the row")
-    if value.lstrip().startswith(("[{'", "{'")) and any(f"'{key}'" in value for key in ("content", "value")):
-        raise ConfigError(f"{at} is a Python list written as text; write messages as JSON, or as a list: {value:.60}")
+    if _WRITTEN.match(value) or _PYTHON_TEXT.fullmatch(value.strip()):
+        raise ConfigError(
+            f"{at} is data that a program wrote as text; write the text alone, or messages as a JSON list with role "
+            f"and content: {value:.60}"
+        )
     return value, ""
 
 
@@ -194,10 +212,13 @@ def _content(message: Mapping[str, Any], at: str) -> str:
     """The text of a message, whose parts are joined."""
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
-        kinds = [part.get("type") if isinstance(part, Mapping) else "text" for part in content]
-        if other := sorted({str(kind) for kind in kinds} - {"text"}):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        kinds = {str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in parts}
+        if other := sorted(kinds - {"text"}):
             raise ConfigError(f"{at} has a message with parts of type {', '.join(other)}; only text can be asked")
-        content = "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+        if wrong := [part for part in parts if not isinstance(part.get("text", ""), str)]:
+            raise ConfigError(f"{at} has a message with the part {wrong[0]!r:.60}, whose text is none; fix the row")
+        content = "".join(part.get("text", "") for part in parts)
     if not isinstance(content, str):
         raise ConfigError(f"{at} has a message whose content is {content!r:.60}, not text; fix or delete the row")
     return content
@@ -227,12 +248,18 @@ def _spoken(messages: Sequence[Mapping[str, Any]], at: str, join: bool) -> tuple
 
 
 def _label(value: Any, at: str) -> str:
+    """A label as text. Messages of the assistant, as TRL's conversational completions are, are what they say."""
+    messages = _messages(value) if isinstance(value, list) else None
+    if messages is not None and {_role(message) for message in messages} == {"assistant"}:
+        value = "\n\n".join(_content(message, at) for message in messages)
     if isinstance(value, dict | list | tuple):
         text = _listed(value, at) if value else ""
     else:
         text = _scalar(value, at)
     if not text.strip():
         raise ConfigError(f"{at} is empty ({value!r}); fix or delete the row")
+    if _PYTHON_LABEL.fullmatch(text.strip()):
+        raise ConfigError(f"{at} is Python's notation of bytes or a list; write text, or JSON of a list: {text:.60}")
     return text
 
 
@@ -253,8 +280,8 @@ def _scalar(value: Any, at: str) -> str:
         except UnicodeDecodeError as error:
             raise ConfigError(f"{at} has bytes that are not UTF-8 ({value!r:.60}); write text") from error
     if isinstance(value, float):
-        if math.isnan(value):
-            raise ConfigError(f"{at} is NaN; fix or delete the row")
+        if not math.isfinite(value):
+            raise ConfigError(f"{at} is {'NaN' if math.isnan(value) else 'infinite'}; fix or delete the row")
         return str(int(value)) if value.is_integer() else _shortest(value)
     if isinstance(value, Decimal):
         return f"{value.normalize():f}"

@@ -1,16 +1,20 @@
-"""A local process in which several episodes play, one call at a time: ALFWorld's games, and environments of
-verifiers."""
+"""Local processes in which several episodes play, one call at a time: ALFWorld's games, and environments of
+verifiers. The other side is line_worker.py."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+from icrl_megatron.tasks import line_worker
 from icrl_megatron.tasks.base import EnvironmentFailure
-from icrl_megatron.tasks.grader import Worker
+from icrl_megatron.tasks.grader import START_TIMEOUT_S, Worker
 
 
 class EpisodeProcess:
@@ -70,3 +74,67 @@ class EpisodeProcess:
         if isinstance(error, ValueError):
             return f"answered more than rollout.max_observation_bytes = {self._answer_bytes} bytes: raise that"
         return "killed its process"
+
+
+class ProcessEpisode:
+    """An episode in a process. The worker knows it by its number (`line_worker.OpenEpisodes`)."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, process: EpisodeProcess) -> None:
+        self.process, self.number = process, next(self._numbers)
+        process.episodes += 1
+
+    async def ask(self, do: str, **job: Any) -> dict[str, Any]:
+        """As `EpisodeProcess.ask`."""
+        return await self.process.ask({"do": do, "env": self.number, **job})
+
+    def release(self) -> None:
+        """Call once, when the episode is over."""
+        self.process.episodes -= 1
+        self.process.forget(self.number)
+
+
+class EpisodeProcesses:
+    """The processes of a task set."""
+
+    def __init__(self, count: int, start: Callable[[], Worker], what: str, timeout_s: float, answer_bytes: int) -> None:
+        """As `EpisodeProcess`."""
+        self.each = tuple(EpisodeProcess(start, what, timeout_s, answer_bytes) for _ in range(count))
+
+    @property
+    def first(self) -> EpisodeProcess:
+        return self.each[0]
+
+    def warm(self) -> None:
+        for process in self.each:
+            process.warm()
+
+    def begin(self) -> ProcessEpisode:
+        """A new episode, in the process with the fewest."""
+        return ProcessEpisode(min(self.each, key=lambda process: process.episodes))
+
+    def close(self) -> None:
+        """Ends the processes; they must not be used afterwards."""
+        for process in self.each:
+            process.close()
+
+
+def started_elsewhere(
+    python: str, module: str, load: dict[str, Any], what: str, answer_bytes: int
+) -> tuple[Worker, dict[str, Any]]:
+    """Starts line_worker.py for a module in the interpreter `python` (empty: this one), which may have none of our
+    requirements: (the process, its answer to the job `load`). Raises EnvironmentFailure if it does not load `what`."""
+    if python and not Path(python).is_file():
+        raise EnvironmentFailure(f"data.python={python} is no interpreter; give the path of a python")
+    python = python or sys.executable
+    script = str(Path(line_worker.__file__).resolve())
+    worker = Worker(line_bytes=answer_bytes, command=(python, "-P", script, module))
+    try:
+        found = worker.ask({**load, "do": "load", "left": []}, START_TIMEOUT_S)
+    except (TimeoutError, EOFError, ValueError) as error:
+        raise EnvironmentFailure(f"{what} was not loaded within {START_TIMEOUT_S:g} s") from error
+    if "error" in found:
+        worker.close()
+        raise EnvironmentFailure(f"{what} cannot be loaded by {python}: {found['error']}")
+    return worker, found

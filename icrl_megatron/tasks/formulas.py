@@ -105,7 +105,7 @@ def _exact(expression: Any) -> Any:
     from sympy import Float, I, Rational, Symbol
 
     swaps: dict[Any, Any] = {number: Rational(str(number)) for number in expression.atoms(Float)}
-    for symbol in expression.atoms(Symbol):
+    for symbol in expression.free_symbols:  # the index of a sum stays
         swaps[symbol] = I if symbol.name == "i" else Symbol(symbol.name)
     return expression.xreplace(swaps).doit()
 

@@ -7,38 +7,33 @@ episode.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
+import asyncio
 from typing import Any
+
+from icrl_megatron.tasks.line_worker import Json, OpenEpisodes, own_streams, serve
 
 
 class Games:
-    """The open games, by the number that their episode gave them."""
+    """The open games, each with its path."""
 
     def __init__(self) -> None:
-        self._open: dict[int, Any] = {}
-        self._paths: dict[int, str] = {}
+        self._open = OpenEpisodes(_close)
 
-    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        for left in job["left"]:
-            self._close(left)
+    async def answer(self, job: Json) -> Json:
+        await self._open.end(*job["left"])
         number = job["env"]
         if job["do"] == "step":
-            if number not in self._open:
-                return {"error": "this process was restarted and lost its games"}
-            state, _, done = self._open[number].step(job["action"])
+            state, _, done = self._open[number][1].step(job["action"])
             return _answer(state, _feedback(state), bool(done))
-        if self._paths.get(number) != job["game"]:
-            self._close(number)
-            self._open[number], self._paths[number] = started(job["game"]), job["game"]
-        state = self._open[number].reset()
+        if (self._open.get(number) or ("",))[0] != job["game"]:
+            await self._open.end(number)  # before the next one starts
+            await self._open.begin(number, (job["game"], started(job["game"])))
+        state = self._open[number][1].reset()
         return _answer(state, _opening(job["game"], _feedback(state)), False)
 
-    def _close(self, number: int) -> None:
-        self._paths.pop(number, None)
-        if (game := self._open.pop(number, None)) is not None:
-            game.close()
+
+async def _close(opened: tuple[str, Any]) -> None:
+    opened[1].close()
 
 
 def started(path: str) -> Any:
@@ -73,18 +68,10 @@ def _answer(state: Any, observation: str, done: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps what the libraries print out of the answers
+    streams = own_streams()
     import textworld  # noqa: F401  (before the time limit of the first answer starts)
 
-    games = Games()
-    print(json.dumps({"ready": True}), file=answers, flush=True)
-    for line in sys.stdin:
-        try:
-            answer = games.answer(json.loads(line))
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[:300]}
-        print(json.dumps(answer), file=answers, flush=True)
+    asyncio.run(serve(Games().answer, streams))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import ALFWorldSource, check_unused
@@ -24,7 +22,7 @@ from icrl_megatron.tasks.agentgym import AgentGym, AgentGymEnvironment
 from icrl_megatron.tasks.agentgym_dialects import ServerReply
 from icrl_megatron.tasks.base import EnvironmentFailure, TaskSet, own_problem
 from icrl_megatron.tasks.datasets import entries_of, id_range
-from icrl_megatron.tasks.episode_process import EpisodeProcess
+from icrl_megatron.tasks.episode_process import EpisodeProcesses, ProcessEpisode
 from icrl_megatron.tasks.grader import Worker
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils.errors import ConfigError
@@ -36,21 +34,15 @@ INSTALL = "pip install 'icrl-megatron[alfworld]'"
 class GameSession:
     """One episode's game in a process; its next reset uses the same process."""
 
-    _numbers = itertools.count()
-
-    def __init__(self, process: EpisodeProcess) -> None:
-        self.process, self.where, self.env = process, "a game", next(self._numbers)
-        process.episodes += 1
+    def __init__(self, episode: ProcessEpisode) -> None:
+        self.episode, self.where = episode, "a game"
 
     async def reset(self, task: str) -> ServerReply:
         self.where = task
-        return await self._reply({"do": "reset", "env": self.env, "game": task}, "reset")
+        return dialects.reply_of("A", "alfworld", await self.episode.ask("reset", game=task), "reset")
 
     async def step(self, action: str) -> ServerReply:
-        return await self._reply({"do": "step", "env": self.env, "action": action}, "step")
-
-    async def _reply(self, job: dict[str, Any], kind: str) -> ServerReply:
-        return dialects.reply_of("A", "alfworld", await self.process.ask(job), kind)
+        return dialects.reply_of("A", "alfworld", await self.episode.ask("step", action=action), "step")
 
 
 class GameFolders:
@@ -64,7 +56,7 @@ class GameFolders:
         def start() -> Worker:
             return Worker("icrl_megatron.tasks.game_worker", answer_bytes)
 
-        self._processes = [EpisodeProcess(start, "a game", timeout_s, answer_bytes) for _ in range(count)]
+        self._processes = EpisodeProcesses(count, start, "a game", timeout_s, answer_bytes)
         self._found: dict[Split, list[Task]] = {}
 
     def problems(self, split: Split) -> Sequence[Task]:
@@ -90,7 +82,7 @@ class GameFolders:
             raise ConfigError(f"task set {self.name!r} needs {', '.join(missing)} to play {game}: {INSTALL}")
 
         async def first() -> None:
-            session = GameSession(self._processes[0])
+            session = await self.open_session()
             await session.reset(game)
             await session.step("look")
             self.release(session)
@@ -101,16 +93,14 @@ class GameFolders:
             raise ConfigError(f"{game}: {error}; is it a whole game of a version that is installed here?") from error
 
     async def open_session(self) -> GameSession:
-        return GameSession(min(self._processes, key=lambda process: process.episodes))
+        return GameSession(self._processes.begin())
 
     def release(self, session: GameSession) -> None:
-        session.process.episodes -= 1
-        session.process.forget(session.env)
+        session.episode.release()
 
     def close(self) -> None:
         """Ends the processes; the task set must not be used afterwards."""
-        for process in self._processes:
-            process.close()
+        self._processes.close()
 
     def _games(self, split: Split, folder: Path) -> Iterator[Task]:
         if not folder.is_dir():

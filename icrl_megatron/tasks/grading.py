@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from fractions import Fraction
 
-from icrl_megatron.tasks import answers, exact_numbers, formulas
+from icrl_megatron.tasks import answers, exact_numbers, formulas, notations
 
 MAX_ANSWER_CHARS = 2000
 """Answers of real problems are shorter; a longer one is wrong."""
@@ -52,6 +52,8 @@ def _equal(given: str, gold: str, tolerance: float) -> bool:
         return False
     if given == gold or answers.plain(given) == answers.plain(gold):
         return True
+    if _unlike(given, gold):
+        return False
     counts = given.count("="), gold.count("=")
     if 0 in counts and (answers.is_equation(given) or answers.is_equation(gold)):
         return False
@@ -71,14 +73,31 @@ def _equal(given: str, gold: str, tolerance: float) -> bool:
     return formulas.equal(given, gold) if decided is None else decided
 
 
+def _unlike(given: str, gold: str) -> bool:
+    """Whether two texts that differ are of kinds that math-verify takes for the same: a set and a pair or an interval,
+    two units behind numbers, and a decimal of unknown digits."""
+    for one, other in ((given, gold), (gold, given)):
+        a_set = one.startswith("\\{") and one.endswith("\\}") and not one[2:].lstrip().startswith(("(", "["))
+        if a_set and other[0] in "([" and other[-1] in ")]" and "\\cup" not in one + other:
+            return True
+    units = notations.glued_unit(given), notations.glued_unit(gold)
+    if all(units) and units[0] != units[1] and max(map(len, units)) > 1:  # one letter may be a variable
+        return True
+    return any(notations.goes_on(text) and answers.quantity(text) is None for text in (given, gold))
+
+
 def _as_text(given: str, gold: str) -> bool | None:
-    """Times, numbers with a base, letters of a choice, and words."""
-    times = answers.time_of_day(given), answers.time_of_day(gold)
+    """Words, letters of a choice, and texts in the notations of notations.py."""
+    times = notations.time_of_day(given), notations.time_of_day(gold)
     if any(times):
         return times[0] == times[1]
-    with_base = answers.based(given), answers.based(gold)
-    if any(with_base):
-        return with_base[0] == with_base[1]
+    for read in (notations.based, notations.date, notations.figure):
+        found = read(given), read(gold)
+        if any(one is not None for one in found):
+            return found[0] == found[1]
+    measures = notations.compound(given), notations.compound(gold)
+    if all(measures):
+        return measures[0] == measures[1]
     letters = answers.choice(given), answers.choice(gold)
     if all(letters):
         return letters[0] == letters[1]
@@ -110,6 +129,9 @@ def _as_lists(given: str, gold: str, tolerance: float) -> bool | None:
     left, right = answers.elements(given), answers.elements(gold)
     if left is None or right is None:
         listed, single = (left, gold) if right is None else (right, given)
+        inside = answers.elements(single[1:-1]) if single.startswith("(") and single.endswith(")") else None
+        if listed is not None and inside is not None and len(inside) == len(listed) > 1:  # a pair has an order
+            return all(_element(one, other, tolerance) for one, other in zip(inside, listed, strict=True))
         if listed is None or len(listed) < 2 or single.startswith(("(", "[")):
             return None
         return False if "=" not in single and not any(sign in single for sign in "<>{\\") else None

@@ -8,37 +8,35 @@ The schema of actions is the server's. `data.servers` names servers, or `serve.c
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import OpenEnvSource
-from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable, shown
+from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable
 from icrl_megatron.tasks.datasets import entries_of
-from icrl_megatron.tasks.openenv_actions import ActionForm, action_form, observation_text, reset_arguments
+from icrl_megatron.tasks.json_socket import JsonSocket
+from icrl_megatron.tasks.openenv_actions import action_form, observation_text, reset_arguments
 from icrl_megatron.tasks.openenv_session import OpenEnvSession
-from icrl_megatron.tasks.package_environment import Rewarded, check_range
+from icrl_megatron.tasks.package_environment import PackageEnvironment, check_range, check_resets
+from icrl_megatron.tasks.reply_forms import ActionForm
 from icrl_megatron.tasks.servers import BACKOFF_S, TRIES, Pool
 from icrl_megatron.types import Split, Task
 from icrl_megatron.utils import connections
-from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.retries import PassingError, tries
 
 
-class OpenEnvEnvironment(Rewarded):
+class OpenEnvEnvironment(PackageEnvironment):
     """One problem. Raises EnvironmentFailure for every failure that is not caused by the model."""
 
     def __init__(self, arguments: dict[str, Any], tasks: OpenEnvTasks, source: OpenEnvSource) -> None:
         super().__init__(source.reward, source.data.max_turns)
         self._arguments, self._tasks, self._source = arguments, tasks, source
         self._session: OpenEnvSession | None = None
-        self._form, self._problem, self._rewards = ActionForm(), "", list[float]()
+        self._form, self._rewards = ActionForm(), list[float]()
 
     async def reset(self) -> str:
         """The same problem in each round, which the critique of the earlier round is about."""
@@ -51,16 +49,15 @@ class OpenEnvEnvironment(Rewarded):
         text = observation_text(answer, self._source.data.fields)
         if self._session.first and text != self._session.first:
             raise BadAnswer(
-                f"{self._session.server.url}: two resets with {json.dumps(self._arguments)} gave different problems: "
-                "use arguments that decide it, or set tasks.sources[...].data.fields to fields that are the same"
+                f"{self._session.socket.server.url}: two resets with {json.dumps(self._arguments)} gave different "
+                "problems: use arguments that decide it, or set tasks.sources[...].data.fields to fields that are the "
+                "same"
             )
         self._session.first = text
         return f"{text}\n\n{self._form.instructions()}".strip()
 
-    def parse(self, reply: str) -> str | None:
-        self._turns += 1
-        self._problem = self._form.problem(reply)
-        return None if self._problem else reply.strip()
+    def problem_of(self, reply: str) -> str:
+        return self._form.problem(reply)
 
     def hint(self) -> str:
         return f"{self._problem} {self._form.instructions()}".strip()
@@ -75,12 +72,10 @@ class OpenEnvEnvironment(Rewarded):
         if answer.get("error") == "VALIDATION_ERROR":  # the action is the model's
             return StepResult(f"The action is not valid: {answer['message']}", done=False)
         if "error" in answer:
-            raise EnvironmentFailure(
-                f"{self._session.server.url}/ws answered a step with {answer['error']}: {answer['message'][:300]}"
-            )
+            raise self._session.failure("step", answer)
         done = answer.get("done")
         if not isinstance(done, bool) or not isinstance(answer.get("reward"), bool | int | float | None):
-            raise BadAnswer(f"{self._session.server.url}/ws answered {shown(answer)}; is it a server of OpenEnv?")
+            raise self._session.socket.bad(answer)
         text = observation_text(answer, self._source.data.fields)
         self._rewards.append(float(answer["reward"] or 0.0))
         self.reward(self._total(), {})
@@ -88,6 +83,11 @@ class OpenEnvEnvironment(Rewarded):
 
     def _total(self) -> float:
         return sum(self._rewards) if self._source.reward.of == "sum" else (self._rewards or [0.0])[-1]
+
+    async def close(self) -> None:
+        """Closes the connection; the episode is over."""
+        if self._session is not None:
+            await self._session.socket.close()
 
     def __del__(self) -> None:
         # The Environment protocol has no close, so the session is closed when its episode is garbage-collected.
@@ -130,19 +130,8 @@ class OpenEnvTasks:
     def check(self) -> None:
         """Resets the first problem twice. Raises ConfigError if the servers cannot play it."""
 
-        async def twice() -> None:
-            environment = self.environment(self.problems("train")[0])
-            try:
-                await environment.reset()
-                await environment.reset()
-            finally:
-                if environment._session is not None:
-                    await environment._session.close()
-
-        try:
-            asyncio.run(twice())
-        except EnvironmentFailure as error:
-            raise ConfigError(f"tasks.sources: {self.name!r}: {error}") from error
+        environment = self.environment(self.problems("train")[0])
+        check_resets(f"tasks.sources: {self.name!r}", environment, times=2, close=environment.close)
 
     @cached_property
     def pool(self) -> Pool:
@@ -163,29 +152,20 @@ class OpenEnvTasks:
         raise AssertionError("tries() returns or raises")
 
     async def _open(self, arguments: dict[str, Any]) -> tuple[OpenEnvSession, dict[str, Any], ActionForm]:
-        server = self.pool.choose()
-        server.episodes += 1
-        session = None
-        try:
-            timeout_s, url = self._source.data.request_timeout_s, f"ws{server.url.removeprefix('http')}/ws"
-            async with asyncio.timeout(timeout_s):
-                socket = await self._connections.here().session.ws_connect(url, max_msg_size=self._answer_bytes)
-            session = OpenEnvSession(server, socket, timeout_s)
-            answer = await session.done("reset", arguments)
-            if server.url not in self._forms:
-                schemas = await self.pool.call(server, "GET", "/schema")
-                self._forms[server.url] = await action_form(schemas, session.done)
+        timeout_s = self._source.data.request_timeout_s
+        with self.pool.opening() as server:
+            socket = await JsonSocket.opened(server, self._connections, timeout_s, self._answer_bytes, "OpenEnv")
+            try:
+                session = OpenEnvSession(socket)
+                answer = await session.done("reset", arguments)
+                if server.url not in self._forms:
+                    schema = await self.pool.call(server, "GET", "/schema")
+                    self._forms[server.url] = await action_form(schema, session.done)
+            except BaseException:
+                await socket.close()
+                raise
             return session, answer, self._forms[server.url]
-        except BaseException as error:
-            server.episodes -= 1
-            if session is not None:
-                await session.close()
-            if isinstance(error, TimeoutError | aiohttp.ClientError | OSError):
-                raise EnvironmentFailure(
-                    f"{server.url}/ws cannot be opened ({error!r}); is it a server of OpenEnv?"
-                ) from error
-            raise
 
     def release(self, session: OpenEnvSession) -> None:
-        session.server.episodes -= 1
-        self.pool.close_soon(session.close)
+        session.socket.server.episodes -= 1
+        self.pool.close_soon(session.socket.close)

@@ -1,26 +1,25 @@
-"""What the environments of other packages share (verifiers, OpenEnv): their rewards, and tool calls written as text."""
+"""What the environments of other packages share (verifiers, OpenEnv): their replies, rewards and check."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from icrl_megatron.agents.formats import FinalAnswer, Malformed, Parsed, Qwen3
 from icrl_megatron.settings.task_sections import RewardRange
-from icrl_megatron.tasks.base import BadAnswer, shown
+from icrl_megatron.tasks.base import BadAnswer, Environment, EnvironmentFailure, shown
 from icrl_megatron.utils.errors import ConfigError
 
 MOST_MEASURES = 50
 _SAME = 1e-9
 """A weighted sum of rewards may miss 1 by rounding."""
-_CALLS = Qwen3(())
 
 
-class Rewarded:
-    """The reward of an attempt and the numbers that its environment logged, as `Environment` shows them."""
+class PackageEnvironment:
+    """What `Environment` has besides `reset` and `step`: how replies are read, the reward of an attempt, and the
+    numbers that its environment logged."""
 
     def __init__(self, scale: RewardRange, max_turns: int) -> None:
         self.max_turns, self._scale = max_turns, scale
@@ -30,7 +29,19 @@ class Rewarded:
         """Call when an attempt begins."""
         self._reward: float | None = None
         self._measures: dict[str, float] = {}
-        self._turns = 0
+        self._turns, self._problem = 0, ""
+
+    def problem_of(self, reply: str) -> str:
+        """What is wrong with a reply, in words for the model; empty if nothing is."""
+        raise NotImplementedError
+
+    def parse(self, reply: str) -> str | None:
+        self._turns += 1
+        self._problem = self.problem_of(reply)
+        return None if self._problem else reply.strip()
+
+    def hint(self) -> str:
+        return self._problem
 
     def reward(self, value: Any, numbers: Mapping[str, Any]) -> None:
         """Sets the attempt's reward. Raises BadAnswer if it is not a number in the range of the settings."""
@@ -61,6 +72,26 @@ class Rewarded:
         return self._measures
 
 
+def check_resets(
+    where: str, environment: Environment, times: int = 1, close: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Resets an environment, and then calls `close`. Raises ConfigError, whose message begins with `where`, if the
+    environment fails."""
+
+    async def resets() -> None:
+        try:
+            for _ in range(times):
+                await environment.reset()
+        finally:
+            if close is not None:
+                await close()
+
+    try:
+        asyncio.run(resets())
+    except EnvironmentFailure as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
 def check_range(name: str, scale: RewardRange, whose: str = "its") -> None:
     """Raises ConfigError if the range of rewards is empty."""
     if scale.low >= scale.high:
@@ -68,23 +99,6 @@ def check_range(name: str, scale: RewardRange, whose: str = "its") -> None:
             f"task set {name!r}: reward.low={scale.low:g} is not below reward.high={scale.high:g}; give the range of "
             f"{whose} rewards, e.g. reward.low=-1 reward.high=1"
         )
-
-
-def offered(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What the prompt says about tools and the form of calls; nothing without tools."""
-    if not tools:
-        return ""
-    form = '<tool_call>{"name": "...", "arguments": {...}}</tool_call>'
-    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    return f"\n\nTools:\n{listed}\n\nTo call one, write {form}. A reply without a call is your answer."
-
-
-def calls_of(reply: str) -> tuple[Parsed, str]:
-    """(the tool calls of a reply, the text before them)."""
-    found = _CALLS.parse(reply)
-    if isinstance(found, FinalAnswer | Malformed | None):
-        return found, reply
-    return found, reply.partition("<tool_call>")[0].strip()
 
 
 def _plain(name: str) -> str:

@@ -11,6 +11,7 @@ import os
 import sys
 from typing import Any
 
+from icrl_megatron.tasks.line_worker import own_streams
 from icrl_megatron.tasks.reward_call import Graded, RewardRaised, WeighedReward, WrongReward, total
 from icrl_megatron.utils.errors import ConfigError
 from icrl_megatron.utils.parent_watch import PARENT_ENV, die_with_parent
@@ -21,7 +22,7 @@ IMPORT: dict[str, Any] = {"import": True}
 
 
 def main(given: str) -> None:
-    asked, answers = _own_streams()
+    asked, answers = own_streams()
     print(json.dumps({"ready": True}), file=answers, flush=True)
     settings = json.loads(given)
     rewards: list[WeighedReward] = []
@@ -38,15 +39,6 @@ def main(given: str) -> None:
         except (RewardRaised, ConfigError) as error:
             verdict = {"raised": str(error)}
         print(json.dumps(verdict), file=answers, flush=True)
-
-
-def _own_streams() -> tuple[Any, Any]:
-    """The streams of the protocol. A reward function that prints or reads input must not reach them."""
-    asked, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    return asked, answers
 
 
 if __name__ == "__main__":

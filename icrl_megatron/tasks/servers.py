@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,17 @@ class Pool:
             task = loop.create_task(close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[EnvironmentServer]:
+        """The server of a new episode, which counts there from now on unless the block raises."""
+        server = self.choose()
+        server.episodes += 1
+        try:
+            yield server
+        except BaseException:
+            server.episodes -= 1
+            raise
 
     def choose(self) -> EnvironmentServer:
         """The server with the fewest episodes, of those that are not paused. Raises EnvironmentFailure if all are."""

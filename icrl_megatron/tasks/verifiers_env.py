@@ -9,73 +9,54 @@ The environment's rubric scores the finished attempt.
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from icrl_megatron.agents.formats import Malformed, ToolCalls
+from icrl_megatron.agents.formats import ToolCalls
 from icrl_megatron.settings.schema import RolloutSettings
 from icrl_megatron.settings.task_options import VerifiersSource
-from icrl_megatron.tasks import verifiers_worker
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure, StepResult, own_problem, sendable, shown
-from icrl_megatron.tasks.datasets import id_range
-from icrl_megatron.tasks.episode_process import EpisodeProcess
-from icrl_megatron.tasks.grader import START_TIMEOUT_S, Worker
-from icrl_megatron.tasks.package_environment import Rewarded, calls_of, check_range, offered
+from icrl_megatron.tasks.episode_process import EpisodeProcesses, ProcessEpisode, started_elsewhere
+from icrl_megatron.tasks.grader import Worker
+from icrl_megatron.tasks.package_environment import PackageEnvironment, check_range, check_resets
+from icrl_megatron.tasks.process_rows import ProcessRows
+from icrl_megatron.tasks.reply_forms import call_problem, calls_of, offered
 from icrl_megatron.types import SPLITS, Split, Task
 from icrl_megatron.utils.errors import ConfigError
 
-ROWS = 10_000
-"""Rows that a process lists in one answer."""
 
-
-class VerifiersEnvironment(Rewarded):
+class VerifiersEnvironment(PackageEnvironment):
     """One row of the dataset. Every failure that the model did not cause raises EnvironmentFailure."""
 
-    _numbers = itertools.count()
-
-    def __init__(self, problem: dict[str, Any], source: VerifiersSource, process: EpisodeProcess) -> None:
+    def __init__(self, row: dict[str, Any], source: VerifiersSource, episode: ProcessEpisode) -> None:
         super().__init__(source.reward, source.data.max_turns)
-        self._job = {"env": next(self._numbers), **{name: problem[name] for name in ("split", "row", "digest")}}
-        self._process, self._malformed = process, ""
-        process.episodes += 1
+        self._row, self._episode = row, episode
 
     async def reset(self) -> str:
         self.forget()
-        answer = await self._process.ask({"do": "reset", **self._job})
+        answer = await self._episode.ask("reset", **self._row)
         if answer["done"]:
-            raise BadAnswer(f"the environment ended row {self._job['row']} before the first reply")
+            raise BadAnswer(f"the environment ended row {self._row['row']} before the first reply")
         return f"{_text(answer)}{offered(answer['tools'])}"
 
-    def parse(self, reply: str) -> str | None:
-        self._turns += 1
-        found, _ = calls_of(reply)
-        self._malformed = found.problem if isinstance(found, Malformed) else ""
-        return None if self._malformed else (reply.strip() or None)
-
-    def hint(self) -> str:
-        return self._malformed or "The reply is empty."
+    def problem_of(self, reply: str) -> str:
+        return call_problem(reply)
 
     async def step(self, action: str) -> StepResult:
         found, text = calls_of(sendable(action))
         calls = found.calls if isinstance(found, ToolCalls) else ()
         made = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
         last = self._turns >= self.max_turns
-        job = {"do": "step", "env": self._job["env"], "reply": text, "calls": made, "last": last}
-        answer = await self._process.ask(job)
+        answer = await self._episode.ask("step", reply=text, calls=made, last=last)
         if answer["done"]:
             self.reward(answer["reward"], answer["metrics"] or {})
         return StepResult(_text(answer), answer["done"])
 
     def __del__(self) -> None:
         # The Environment protocol has no close, so the episode is released when it is garbage-collected.
-        if hasattr(self, "_process"):
-            self._process.episodes -= 1
-            self._process.forget(self._job["env"])
+        if hasattr(self, "_episode"):
+            self._episode.release()
 
 
 class VerifiersTasks:
@@ -91,35 +72,25 @@ class VerifiersTasks:
             )
         check_range(self.name, source.reward)
         self._what, self._answer_bytes = f"the environment {data.environment!r}", answer_bytes
-        self._rows: dict[Split, int | None] = {}  # None: rows without end
-        self._problems: dict[Split, list[Task]] = {}
-        self._processes = [
-            EpisodeProcess(self._start, self._what, data.request_timeout_s, answer_bytes)
-            for _ in range(data.grading_workers)
-        ]
+        workers, timeout_s = data.grading_workers, data.request_timeout_s
+        self._processes = EpisodeProcesses(workers, self._start, self._what, timeout_s, answer_bytes)
+        self._rows = ProcessRows(self.name, data, self._what, self._processes.first)
 
     def problems(self, split: Split) -> Sequence[Task]:
-        """The rows of the ranges, without those that repeat an earlier one; training rows also without held-out ones.
-        Raises ConfigError if the environment cannot be loaded, or a range goes beyond its rows."""
-        if split not in self._problems:
-            seen = (
-                {json.loads(task.problem)["digest"] for task in self.problems("heldout")} if split == "train" else set()
-            )
-            try:
-                self._problems[split] = self._read(split, seen)
-            except EnvironmentFailure as error:
-                raise ConfigError(
-                    f"tasks.sources[...].data.environment={self._source.data.environment}: {error}; install its "
-                    "package or correct its name and data.args (docs/TASKS.md, verifiers)"
-                ) from error
-        return self._problems[split]
+        """As `ProcessRows`. Raises ConfigError also if the environment cannot be loaded."""
+        try:
+            return self._rows.problems(split)
+        except EnvironmentFailure as error:
+            raise ConfigError(
+                f"tasks.sources[...].data.environment={self._source.data.environment}: {error}; install its "
+                "package or correct its name and data.args (docs/TASKS.md, verifiers)"
+            ) from error
 
     def environment(self, task: Task) -> VerifiersEnvironment:
-        for process in self._processes:
-            process.warm()
+        self._processes.warm()
         with own_problem(self, task):
-            process = min(self._processes, key=lambda process: process.episodes)
-            return VerifiersEnvironment(json.loads(task.problem), self._source, process)
+            row = _row(task)
+        return VerifiersEnvironment(row, self._source, self._processes.begin())
 
     def statement(self, task: Task) -> None:
         """Only the environment knows the text, so a problem that is too long is found when it is played."""
@@ -127,69 +98,25 @@ class VerifiersTasks:
     def check(self) -> None:
         """Resets the first row of each split. Raises ConfigError if the environment cannot."""
         for task in [self.problems(split)[0] for split in SPLITS if self.problems(split)]:
-            environment = VerifiersEnvironment(json.loads(task.problem), self._source, self._processes[0])
-            try:
-                asyncio.run(environment.reset())
-            except EnvironmentFailure as error:
-                raise ConfigError(f"task set {self.name!r}: {task.task_id}: {error}") from error
+            episode = ProcessEpisode(self._processes.first)  # without starting the others
+            environment = VerifiersEnvironment(_row(task), self._source, episode)
+            check_resets(f"task set {self.name!r}: {task.task_id}", environment)
 
     def close(self) -> None:
         """Ends the processes; the task set must not be used afterwards."""
-        for process in self._processes:
-            process.close()
+        self._processes.close()
 
     def _start(self) -> Worker:
-        data = self._source.data
-        python = data.python or sys.executable
-        if data.python and not Path(data.python).is_file():
-            raise EnvironmentFailure(f"data.python={data.python} is no interpreter; give the path of a python")
-        worker = Worker(
-            line_bytes=self._answer_bytes, command=(python, "-P", str(Path(verifiers_worker.__file__).resolve()))
-        )
-        try:
-            found = worker.ask(
-                {"do": "load", "environment": data.environment, "args": data.args, "left": []}, START_TIMEOUT_S
-            )
-        except (TimeoutError, EOFError, ValueError) as error:
-            raise EnvironmentFailure(f"{self._what} was not loaded within {START_TIMEOUT_S:g} s") from error
-        if "error" in found:
-            worker.close()
-            raise EnvironmentFailure(f"{self._what} cannot be loaded by {python}: {found['error']}")
-        self._rows = {"train": found["train"], "heldout": found["heldout"]}
+        data, module = self._source.data, "icrl_megatron.tasks.verifiers_worker"
+        load = {"environment": data.environment, "args": data.args}
+        worker, found = started_elsewhere(data.python, module, load, self._what, self._answer_bytes)
+        self._rows.counts = {"train": found["train"], "heldout": found["heldout"]}
         return worker
 
-    def _read(self, split: Split, seen: set[str]) -> list[Task]:
-        data, tasks = self._source.data, list[Task]()
-        process = self._processes[0]
-        if not self._rows:
-            process.ask_now({"do": "rows", "split": split, "first": 0, "end": 0})
-        number, given = self._rows[split], data.of(split)
-        if not given and number is None:
-            raise ConfigError(
-                f"data.{split}: {self._what} has rows without end; give a range, e.g. data.{split}=[0:1000]"
-            )
-        for text in given or [f"0:{number}"]:
-            ids = id_range(text) if text != "0:0" else range(0)
-            if ids is None or (number is not None and ids.stop > number):
-                has = "endless" if number is None else number
-                raise ConfigError(
-                    f"data.{split}: {text!r} is not a range of rows of {self._what}, which has {has} {split} rows; "
-                    "write first:last+1"
-                )
-            for first in range(ids.start, ids.stop, ROWS):
-                end = min(first + ROWS, ids.stop)
-                rows = process.ask_now({"do": "rows", "split": split, "first": first, "end": end})["rows"]
-                for row, digest in enumerate(rows, start=first):
-                    if digest not in seen:
-                        seen.add(digest)
-                        problem = {"prompt": digest, "digest": digest, "split": split, "row": row}
-                        tasks.append(Task(f"{self.name}/{split}/{text}/{row}", self.name, split, json.dumps(problem)))
-        if not tasks:
-            raise ConfigError(
-                f"data.{split}: {self._what} has no {split} rows that are not held out; divide its rows, e.g. "
-                "data.heldout=[0:100] data.train=[100:1000]"
-            )
-        return tasks
+
+def _row(task: Task) -> dict[str, Any]:
+    problem = json.loads(task.problem)
+    return {name: problem[name] for name in ("split", "row", "digest")}
 
 
 def _text(answer: dict[str, Any]) -> str:

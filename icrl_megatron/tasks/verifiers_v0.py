@@ -1,4 +1,4 @@
-"""Environments of verifiers up to 0.3, whose `load_environment` makes them; verifiers_worker.py loads this file."""
+"""Environments of verifiers up to 0.3, whose `load_environment` makes them; verifiers_worker.py imports this file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextvars
 import importlib
 import logging
 from typing import Any
+
+from icrl_megatron.tasks.stepped_rollout import WaitingModel
 
 Json = dict[str, Any]
 FAULT = "Error calling reward function "
@@ -20,9 +22,9 @@ class Faults(logging.Handler):
 
 
 class Client:
-    """The client of one rollout. `model`: `Waiting` of verifiers_worker.py."""
+    """The client of one rollout."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: WaitingModel) -> None:
         self._model = model
 
     async def get_response(self, prompt: Any, model: str, sampling_args: Any, tools: Any = None, **_: Any) -> Any:
@@ -53,7 +55,7 @@ class LoadedV0:
         """All of the row except for its number."""
         return {name: value for name, value in row.items() if name != "example_id"}
 
-    async def play(self, row: Json, model: Any) -> Json:
+    async def play(self, row: Json, model: WaitingModel) -> Json:
         RAISED.set(raised := list[str]())
         output = await self._made.run_rollout(row, Client(model), "policy", {})
         if error := output.get("error"):

@@ -1,8 +1,7 @@
-"""Environments of verifiers 0.4, whose API is `verifiers.v1`; verifiers_worker.py loads this file.
+"""Environments of verifiers 0.4, whose API is `verifiers.v1`; verifiers_worker.py imports this file.
 
 In that API, an agent is a program that requests replies from an endpoint. Ours is `PolicyHarness`, a chat in this
-process: the task's prompt, the policy's replies, and the tools of the task's MCP servers. `ReplyEndpoint` listens on
-loopback and returns the replies.
+process: the task's prompt, the policy's replies (from `ReplyEndpoint`), and the tools of the task's MCP servers.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import os
-import secrets
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -20,55 +18,18 @@ from typing import Any
 
 import aiohttp
 import verifiers.v1 as vf
-from aiohttp import web
 from verifiers.v1.configs.agent import agent_config_fields
 from verifiers.v1.dialects.chat import message_to_wire
 from verifiers.v1.harnesses.utils.compaction import bound_tool_message
 from verifiers.v1.harnesses.utils.mcp import call_mcp, connect_mcp
 from verifiers.v1.utils import loaders
 
+from icrl_megatron.tasks.reply_endpoint import NO_TURNS, ReplyEndpoint, flat
+from icrl_megatron.tasks.stepped_rollout import WaitingModel
+
 Json = dict[str, Any]
 HARNESS = "icrl_megatron_policy"
 KEY = "ICRL_MEGATRON_API_KEY"  # verifiers hides variables with API_KEY in their names from tools
-NO_TURNS = "context_length_exceeded: the attempt has no more turns"
-LARGEST = 2**28
-"""Bytes of a request: a whole conversation."""
-
-
-class ReplyEndpoint:
-    """An OpenAI-compatible endpoint: for each rollout, by its id, the `Waiting` of verifiers_worker.py."""
-
-    def __init__(self) -> None:
-        self.models: dict[str, Any] = {}
-        self._key = os.environ[KEY] = secrets.token_hex(16)
-
-    async def start(self) -> str:
-        app = web.Application(client_max_size=LARGEST)
-        app.router.add_post("/v1/chat/completions", self._complete)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        return f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-
-    async def _complete(self, request: web.Request) -> web.Response:
-        model = self.models.get(request.headers.get("X-Session-ID", ""))
-        if model is None or request.headers.get("Authorization") != f"Bearer {self._key}":
-            return web.json_response({"error": {"message": "no such rollout"}}, status=401)
-        body = await request.json()
-        reply = await model.reply(
-            list(map(flat, body["messages"])), [tool["function"] for tool in body.get("tools", ())]
-        )
-        if reply is None:
-            return web.json_response({"error": {"message": NO_TURNS}}, status=400)
-        message = {"role": "assistant", "content": reply["content"]}
-        if calls := reply.get("tool_calls"):
-            message["tool_calls"] = [
-                {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
-                for c in calls
-            ]
-        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if calls else "stop"}
-        made = {"id": secrets.token_hex(8), "object": "chat.completion", "created": 0, "model": "policy"}
-        return web.json_response({**made, "choices": [choice]})
 
 
 class PolicyHarness(vf.Harness[vf.HarnessConfig]):
@@ -136,7 +97,7 @@ class LoadedV1:
         found: Json = task.data.model_dump(mode="json", exclude={"idx"})
         return found
 
-    async def play(self, task: Any, model: Any) -> Json:
+    async def play(self, task: Any, model: WaitingModel) -> Json:
         begun: list[str] = []
 
         def begin(trace: Any) -> None:
@@ -164,12 +125,6 @@ class LoadedV1:
         return {"completion": said, "reward": trace.reward, "metrics": {**measured, **rewards}}
 
 
-def flat(message: Json) -> Json:
-    """A message as verifiers_worker.py compares and shows it, of one in OpenAI's form."""
-    calls = [{"id": call["id"], **call["function"]} for call in message.get("tool_calls") or ()]
-    return {"role": message["role"], "content": message.get("content"), "tool_calls": calls}
-
-
 async def load(name: str, args: Json, make: Any) -> LoadedV1:
     """`name`: the id of a taskset. `args`: the settings of its environment, as in the `env` block of verifiers."""
     if make:
@@ -192,7 +147,7 @@ async def load(name: str, args: Json, make: Any) -> LoadedV1:
     ours = {"harness": {"id": HARNESS}, "runtime": {"type": "subprocess"}}
     settings = {**args, "taskset": {**args.get("taskset", {}), "id": name}, agent: {**args.get(agent, {}), **ours}}
     settings.setdefault("interception", {"type": "server"})
-    endpoint = ReplyEndpoint()
+    endpoint = ReplyEndpoint(KEY)
     made = loaders.load_environment(loaders.resolve_env_config(settings))
     await (serving := AsyncExitStack()).enter_async_context(made.serving())
     return LoadedV1(made, await endpoint.start(), endpoint, serving)

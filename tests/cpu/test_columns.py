@@ -48,6 +48,10 @@ ASKED = [{"role": "user", "content": "2+2?"}]
          "prompt = column problem, label = column answer"),
         ({"question": "2+2?", "final_answer": 4.0}, "prompt = column question, label = column final_answer"),
         ({"instruction": "2+2?", "output": "4"}, "prompt = column instruction, label = column output"),
+        ({"instruction": "2+2?", "input": "", "output": "4"},
+         "prompt = columns instruction and input, label = column output"),
+        ({"prompt": ASKED, "completion": [{"role": "assistant", "content": "4"}]},
+         "prompt = column prompt, label = column completion"),
         ({"messages": [*ASKED, {"role": "assistant", "content": "4"}]},
          "prompt = column messages, label = its last assistant message"),
         ({"messages": [*ASKED, {"role": "assistant", "content": "I think 4"}], "answer": "4"},
@@ -100,6 +104,8 @@ def test_columns_are_dotted_paths_and_may_differ_in_heldout_rows(tmp_path: Path)
         ([*ASKED, {"role": "user", "content": "Quick."}], "2+2?\n\nQuick."),
         ("[1, 2] has which sum?", "[1, 2] has which sum?"),
         ('{"a": 1}: how many keys?', '{"a": 1}: how many keys?'),
+        ('{"text": "a"}: how many keys?', '{"text": "a"}: how many keys?'),
+        ("b'4' is what in Python?", "b'4' is what in Python?"),
     ],
 )
 def test_prompts_are_text_or_messages(prompt: object, expected: str, tmp_path: Path) -> None:
@@ -158,13 +164,22 @@ def test_rows_are_the_same_only_with_the_same_system_message(tmp_path: Path) -> 
         check_no_leak(train, tasks("held.jsonl", [system("other."), *ASKED], [system("add."), *ASKED]))
 
 
+WRITTEN = "data that a program wrote as text"
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
         (True, "is bool"), (12, "is int"), (1.5, "is float"), (None, "is empty"), ("  ", "is empty"),
         ([], "is list"), ({}, "is dict"),
         (["2+2?"], "is list"), ([ASKED], "is list"), ({"role": "user", "content": "2+2?"}, "is dict"),
-        (str(ASKED), "a Python list written as text"), ([{"role": "user", "content": None}], "whose content is None"),
+        ([{"role": "user", "content": None}], "whose content is None"),
+        ([{"role": "user", "content": [["a"]]}], "parts of type list"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "whose text is none"),
+        (str(ASKED), WRITTEN), (str(tuple(ASKED)), WRITTEN), (str(b"2+2?"), WRITTEN), (str(["2+2?"]), WRITTEN),
+        (json.dumps(["2+2?"]), WRITTEN), (json.dumps(ASKED[0]), WRITTEN), (json.dumps({"messages": ASKED}), WRITTEN),
+        (json.dumps(ASKED)[:-2], WRITTEN), (json.dumps([{"role": "user", "text": "2+2?"}]), WRITTEN),
+        (f"array({ASKED}, dtype=object)", WRITTEN), ("Message(role='user', content='2+2?')", WRITTEN),
         ([{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "?"}]}], "type image_url"),
         ([{"role": "tool", "content": "x"}, *ASKED], "messages of tool"),
         ([*ASKED, {"role": "assistant", "content": "4"}], "of assistant"),
@@ -193,6 +208,20 @@ def test_anything_else_is_no_prompt(prompt: object, message: str, tmp_path: Path
 def test_labels_of_parquet_columns_are_exact(column: pa.Array, expected: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["q?"], "label": column}), tmp_path / "rows.parquet")
     assert read(ToolData(train=[str(tmp_path / "rows.parquet")])) == [("q?", expected)]
+
+
+def test_the_input_of_an_instruction_is_a_part_of_the_prompt(tmp_path: Path) -> None:
+    rows = [{"instruction": "Add.", "input": given, "output": "4"} for given in ("2, 2", "")]
+    assert read(ToolData(train=[jsonl(tmp_path / "rows.jsonl", *rows)])) == [("Add.\n\n2, 2", "4"), ("Add.", "4")]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [("b'4'", "Python's notation"), ("['4']", "Python's notation"), ("['4', '5']", "Python's notation")],
+)
+def test_python_notation_is_no_label(label: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"line 1: column 'label' .*{message}"):
+        read(ToolData(train=[jsonl(tmp_path / "rows.jsonl", {"prompt": "2+2?", "label": label})]))
 
 
 def test_bytes_are_no_prompt_and_other_bytes_no_label(tmp_path: Path) -> None:

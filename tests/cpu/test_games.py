@@ -113,10 +113,10 @@ async def test_episodes_share_processes_without_blocking_each_other(made: tuple[
         await asyncio.gather(*(play(e, a) for e, a in zip(environments, actions, strict=True)))
         beating.cancel()
         assert all(e.success() for e in environments)
-        assert [t.episodes for t in task_set._processes] == [3, 3]
+        assert [t.episodes for t in task_set._processes.each] == [3, 3]
         environments.clear()
         gc.collect()
-        assert [t.episodes for t in task_set._processes] == [0, 0]
+        assert [t.episodes for t in task_set._processes.each] == [0, 0]
         # Starting a game takes seconds; the event loop is never blocked that long.
         assert late < 2.0
 
@@ -129,7 +129,7 @@ async def test_a_process_that_dies_fails_only_its_current_episodes(made: tuple[P
         first, second = task_set.environment(task), task_set.environment(task)
         await first.reset()
         await second.reset()
-        worker = task_set._processes[0]._worker
+        worker = task_set._processes.first._worker
         assert worker is not None
         worker._process.kill()
         with pytest.raises(EnvironmentFailure, match="killed its process"):
@@ -145,7 +145,7 @@ async def test_a_step_that_hangs_is_ended(made: tuple[Path, dict[str, list[str]]
     with opened(made[0], grading_workers=1) as task_set:
         environment = task_set.environment(task_set.problems("train")[0])
         await environment.reset()
-        process = task_set._processes[0]
+        process = task_set._processes.first
         assert process._worker is not None
         os.kill(process._worker._process.pid, signal.SIGSTOP)
         process._timeout_s = 0.5

@@ -27,8 +27,8 @@ from icrl_megatron.settings.task_options import OpenEnvSource
 from icrl_megatron.settings.task_sections import OpenEnvData, StepReward
 from icrl_megatron.tasks import openenv_env, registry
 from icrl_megatron.tasks.base import BadAnswer, EnvironmentFailure
-from icrl_megatron.tasks.openenv_actions import ActionForm, last_object
 from icrl_megatron.tasks.openenv_env import OpenEnvEnvironment, OpenEnvTasks
+from icrl_megatron.tasks.reply_forms import ActionForm, last_object
 from icrl_megatron.utils.errors import ConfigError
 
 START_S = 150.0
@@ -170,7 +170,7 @@ def play(task_set: OpenEnvTasks, *replies: str) -> tuple[list[str], OpenEnvEnvir
     async def rounds() -> list[str]:
         seen = await observed(environment, *replies)
         assert await observed(environment, *replies) == seen
-        await environment._session.close()  # type: ignore[union-attr]
+        await environment.close()
         return seen
 
     return asyncio.run(rounds()), environment
@@ -313,7 +313,7 @@ async def test_answers_of_broken_servers_fail_the_episode(said: str, message: st
         with pytest.raises(EnvironmentFailure, match=message):
             await environment.step("roll")
         assert environment.outcome() == 0.0
-        await environment._session.close()  # type: ignore[union-attr]
+        await environment.close()
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,18 @@ def test_overrides_of_list_elements_and_whole_lists() -> None:
     assert whole.tasks.sources == [TaskSource("household", 3.0)]
 
 
+def test_arguments_of_another_package_are_nested(tmp_path: Path) -> None:
+    """As docs/TASKS.md writes them for verifiers 0.4."""
+    name, args = "tasks.sources.0.data", {"taskset": {"game": "Wordle-v0", "n": [1, {"at": "1:30"}]}}
+    words = ("tasks.sources.0.name=verifiers", f"{name}.args={{taskset: {{game: W, n: [1, {{at: 1:30}}]}}}}")
+    settings = S.load("any_text", [*words, f"{name}.args.taskset.game=Wordle-v0"])
+    assert settings.tasks.sources[0].data.args == args  # type: ignore[attr-defined]
+    S.save(settings, tmp_path / "settings.yaml")
+    assert S.load_saved(tmp_path / "settings.yaml") == settings
+    with pytest.raises(ConfigError, match=r"unknown setting 'tasks\.sources\.0\.data\.argz'"):
+        S.load("any_text", [words[0], f"{name}.argz={{taskset: {{game: W}}}}"])
+
+
 def test_null_section_accepts_overrides(tmp_path: Path) -> None:
     assert S.load("qwen3_4b", ["model.init.layers=5"]).model.init == TinyModel(layers=5)
 

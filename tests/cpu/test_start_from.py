@@ -162,6 +162,10 @@ def test_start_from_accepts_a_run_its_checkpoints_or_one_checkpoint(tmp_path: Pa
     [
         ("start_with_moments=true", "start_with_moments=true needs a checkpoint: give start_from"),
         ("start_from=nowhere", "start_from=nowhere: no checkpoint there; give a step_NNNNNN folder"),
+        (
+            "start_from=other",
+            "start_from=other: a Hugging Face folder.* give model.path=other .* icrl import other FOLDER",
+        ),
         ("start_from=A run_dir=A", r"start_from \(was '', now 'A'\): .* this run resumes from its own checkpoints"),
         ("start_from=C/checkpoints run_dir=C", "is in the run folder C itself: leave start_from empty"),
         ("start_from=A model.path=other", "another model than model.path=other .* leave model.path empty"),

@@ -144,7 +144,7 @@ def test_reasoning_gym_with_its_own_scorer() -> None:
         assert environment.success() and environment.outcome() == 1.0
         assert environment.measures()["check_answer_reward_func"] == 1.0
         # A dataset that changed since the problems were listed, because it has no seed.
-        environment._job["digest"] = "of another row"
+        environment._row["digest"] = "of another row"
         with pytest.raises(EnvironmentFailure, match="of its dataset has changed; give the environment's args a seed"):
             asyncio.run(environment.reset())
     finally:
@@ -225,7 +225,8 @@ def test_rows_that_cannot_be_played_are_refused(faulty: VerifiersTasks) -> None:
     with pytest.raises(ConfigError, match=r"verifiers/heldout/3:4/3: .* a message has a part of type image_url"):
         faulty.check()
     beyond = tasks("faulty", train=["0:9"], heldout=["3:4"])
-    beyond._processes, beyond._rows = faulty._processes, faulty._rows  # a process takes seconds to start
+    # A process takes seconds to start.
+    beyond._rows.process, beyond._rows.counts = faulty._processes.first, faulty._rows.counts
     with pytest.raises(ConfigError, match=r"'0:9' is not a range of rows of .* which has 4 train rows"):
         beyond.problems("train")
 

@@ -14,7 +14,7 @@ from package_environments import PYTHON_V1, criticised, needs_packages, write_wo
 
 from icrl_megatron.settings.task_options import VerifiersSource
 from icrl_megatron.settings.task_sections import VerifiersData
-from icrl_megatron.tasks import registry, verifiers_env, verifiers_worker
+from icrl_megatron.tasks import episode_process, line_worker, registry
 from icrl_megatron.tasks.base import EnvironmentFailure
 from icrl_megatron.tasks.verifiers_env import VerifiersTasks
 from icrl_megatron.utils.errors import ConfigError
@@ -101,13 +101,14 @@ REFUSED = """
 import asyncio, importlib.util, sys
 
 sys.path.append("")
-spec = importlib.util.spec_from_file_location("worker", sys.argv[1])
-worker = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(worker)
+spec = importlib.util.spec_from_file_location("line_worker", sys.argv[1])
+line_worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(line_worker)
+worker = line_worker.module_alone("icrl_megatron.tasks.verifiers_worker")
 other = {"agent": {"harness": {"id": "bash"}}}
 for name, args in (("two_v1", {}), ("agent_v1", {}), ("shop_v1", other), ("shop_v1:Shop", {})):
     try:
-        asyncio.run(worker.Episodes()._load(name, args))
+        asyncio.run(worker.VerifiersEpisodes().load(name, args))
     except Exception as error:
         print(f"{name}: {error}")
 """
@@ -123,7 +124,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setenv("NLTK_DATA", str(path / "nltk"))
-        patch.setattr(verifiers_env, "START_TIMEOUT_S", 500.0)  # two large imports, on a machine that may be busy
+        patch.setattr(episode_process, "START_TIMEOUT_S", 500.0)  # two large imports, on a machine that may be busy
         yield path
 
 
@@ -164,7 +165,7 @@ def test_wordle_over_several_turns(tmp_path: Path) -> None:
         assert [attempt.outcome for attempt in episode.attempts] == [0.0, 1.0]
         assert [len(attempt.turns) for attempt in episode.attempts] == [3, 2]
         wordle._source.data.train = []
-        wordle._problems.clear()
+        wordle._rows._problems.clear()
         with pytest.raises(ConfigError, match=r"'textarena' has rows without end; give a range, e\.g\. data\.train="):
             wordle.problems("train")
     finally:
@@ -209,7 +210,7 @@ def test_a_failing_reward_never_becomes_a_reward(shop: VerifiersTasks) -> None:
 
 @needs_packages
 def test_environments_that_cannot_be_played_are_refused(folder: Path) -> None:
-    command = [PYTHON_V1, "-P", "-c", REFUSED, verifiers_worker.__file__]
+    command = [PYTHON_V1, "-P", "-c", REFUSED, line_worker.__file__]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=True)
     for said in (
         "two_v1: it has the agents buyer, seller; only environments with one agent can be played",
