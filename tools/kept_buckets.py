@@ -1,4 +1,4 @@
-"""Weights that an SGLang server copies from a bucket which stays mapped between requests. For `bench_sync.py`.
+"""Weights that an SGLang server copies from a bucket which stays mapped between requests. For `time_sync.py`.
 
 The server imports this file (`--custom-weight-loader kept_buckets.load kept_buckets.forget`), so it uses only torch and
 the standard library. torch 2.13 maps a buffer shared by name only if the process has no tensor of it

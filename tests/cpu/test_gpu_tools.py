@@ -261,7 +261,7 @@ def test_on_a_gpu_the_benchmark_of_the_head_passes_its_other_arguments_on() -> N
         (["bench_rollout.py", "--device", "tpu"], "--device tpu: one of cpu, cuda"),
         (["bench_rollout.py", "--model", "nowhere"], "--model nowhere: not a Hugging Face folder"),
         (["bench_rollout.py", "--python", "/no/python"], "engine.python=/no/python: cannot be run"),
-        (["bench_sync.py", "--python", "/no/python"], "engine.python=/no/python: cannot be run"),
+        (["time_sync.py", "--python", "/no/python"], "engine.python=/no/python: cannot be run"),
     ],
 )
 def test_benchmarks_refuse_invalid_arguments_in_one_line(words: list[str], said: str) -> None:

@@ -1,6 +1,6 @@
 """A weight sync on one machine without GPUs: buckets that the server maps for each request, against mapped ones.
 
-    python tools/bench_sync.py --python PATH_OF_AN_INTERPRETER_WITH_SGLANG --rounds 14
+    python tools/time_sync.py --python PATH_OF_AN_INTERPRETER_WITH_SGLANG --rounds 14
 
 `mapped` is the trainer's transport. `kept` sends the same buckets to a loader that keeps them mapped in the server
 (`kept_buckets.py`). `/4` splits the weights into at least four requests, so that one bucket is filled while the server

@@ -1,4 +1,4 @@
-"""The loader of tools/bench_sync.py in a process of its own: it copies from a bucket that stays mapped."""
+"""The loader of tools/time_sync.py in a process of its own: it copies from a bucket that stays mapped."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch.multiprocessing as mp
 from icrl_megatron.engines.sglang_weights import Bucket
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import bench_sync
+import time_sync
 
-TOOLS = Path(bench_sync.__file__).parent
+TOOLS = Path(time_sync.__file__).parent
 CPU = torch.device("cpu")
 SHAPES = {"a": (3, 5), "b": (7,)}
 SERVER = """
@@ -68,7 +68,7 @@ def ask(server: subprocess.Popen[str], loader: str, bucket: Bucket, value: float
     for name, shape in SHAPES.items():
         bucket.add(name, torch.full(shape, value))
     assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(f"{loader} {base64.b64encode(bench_sync.handle(bucket)).decode()}\n")
+    server.stdin.write(f"{loader} {base64.b64encode(time_sync.handle(bucket)).decode()}\n")
     server.stdin.flush()
     mapped, a, b = server.stdout.readline().split()
     return mapped, float(a), float(b)
