@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 
-from icrl_megatron.actor.measure import Totals
 from icrl_megatron.algo.credit import CreditReport
-from icrl_megatron.algo.samples import to_samples
 from icrl_megatron.distributed.process import STOPPED
-from icrl_megatron.rollout.played import Played, Probing, RolloutRequest
+from icrl_megatron.rollout.played import Played, RolloutRequest
 from icrl_megatron.run.evaluator import Evaluator
 from icrl_megatron.run.parts import Parts
 from icrl_megatron.run.recorder import Recorder
@@ -93,24 +91,13 @@ def update(parts: Parts, state: RunState, recorder: Recorder, played: Played, re
         behaviour = delivered.plan("behaviour") if recompute else None
     with recorder.phase("score"):
         scored = parts.actor.score(plan, behaviour)
-    probed = probe(parts, recorder)
+    probed = parts.probe(recorder.phase)
     with recorder.phase("train"):
         stats = parts.send_back(delivered, parts.actor.train(plan, scored, parts.rate(state.step), probed))
     parts.watch.engine(state.step + 1, stats)
     with recorder.phase("sync"):
         push(parts)
     return stats
-
-
-def probe(parts: Parts, recorder: Recorder) -> Totals | None:
-    """Compares the log-probs of engines and actor on replies under the step's weights, which none of its episodes may
-    have. None if the source asks for none, or no engine has answered."""
-    if not isinstance(parts.source, Probing):
-        return None
-    with recorder.phase("probe"):
-        probes = parts.source.probes()
-        samples = [s for of in probes.headers for s in to_samples(of, parts.settings.algo, train_critic=False)]
-        return parts.actor.mismatch(parts.deliver(samples, probes).plan()) if samples else None
 
 
 def end_step(

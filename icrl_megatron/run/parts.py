@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from icrl_megatron.actor.actor import Actor
+from icrl_megatron.actor.measure import Totals
 from icrl_megatron.algo.credit import CreditReport
 from icrl_megatron.algo.headers import EpisodeHeader
-from icrl_megatron.algo.samples import tokens_of
+from icrl_megatron.algo.samples import to_samples, tokens_of
 from icrl_megatron.data.delivery import deliver, send_back
 from icrl_megatron.data.packing import Prompt, SampleLayout, lay_out, pack
 from icrl_megatron.data.sampler import TaskSampler
@@ -16,7 +18,7 @@ from icrl_megatron.distributed.grid import Grid
 from icrl_megatron.distributed.platform import sequence_multiple, token_multiple
 from icrl_megatron.engines.sync import WeightSync
 from icrl_megatron.model.flops import SampleFlops
-from icrl_megatron.rollout.played import EpisodeSource, Played
+from icrl_megatron.rollout.played import EpisodeSource, Played, Probing
 from icrl_megatron.rollout.speakers import Seeds
 from icrl_megatron.run.watch import NoWatch, Watch
 from icrl_megatron.settings.schema import Settings
@@ -89,6 +91,17 @@ class Parts:
 
         actor = self.settings.actor
         return Delivered(layout, deliver(self.grid, layout, tokens), token_multiple(actor), sequence_multiple(actor))
+
+    def probe(self, phase: Callable[[str], AbstractContextManager[None]]) -> Totals | None:
+        """Compares the log-probs of engines and actor on replies under the step's weights, which none of its episodes
+        may have; `phase` times it. None if the source has no such replies, or no engine has answered. All ranks call it
+        together."""
+        if not isinstance(self.source, Probing):
+            return None
+        with phase("probe"):
+            probes = self.source.probes()
+            samples = [s for of in probes.headers for s in to_samples(of, self.settings.algo, train_critic=False)]
+            return self.actor.mismatch(self.deliver(samples, probes).plan()) if samples else None
 
     def send_back(self, delivered: Delivered, stats: StepStats) -> StepStats:
         """The statistics with the calibration weights of this rank's episodes, instead of those measured here."""
