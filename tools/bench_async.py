@@ -100,13 +100,13 @@ def arm(
     }
 
 
-def trace(folder: Path, median_s: float, sigma: float) -> list[list[list[list[float]]]]:
-    """The groups of a run in the order of its steps: for each episode its requests as (generated tokens, seconds that
-    the environment waited after it)."""
-    dumps, groups = Rollouts(folder), list[list[list[list[float]]]]()
+def trace(folder: Path, median_s: float, sigma: float) -> list[str]:
+    """The groups of a run in the order of its steps, each as JSON, so that the result has a line for each: for each
+    episode its requests as [generated tokens, seconds that the environment waited after it]."""
+    dumps, groups = Rollouts(folder), list[str]()
     for step in dumps.steps:
         for _, episodes in groupby(dumps.episodes(step), key=lambda episode: episode.task.task_id):
-            groups.append([requests(episode, median_s, sigma) for episode in episodes])
+            groups.append(json.dumps([requests(episode, median_s, sigma) for episode in episodes]))
     return groups
 
 
@@ -138,7 +138,7 @@ def main() -> None:
     cases = {"waiting": (arguments.median_s, arguments.sigma), "no waits": (0.0, 0.0)}
     arms = sorted({0, *arguments.staleness})
     runs: dict[str, list[dict[str, float]]] = {f"{case}, {k}": [] for case in cases for k in arms}
-    traces = dict[str, list[list[list[list[float]]]]]()
+    traces = dict[str, list[str]]()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         started = ("steps=1", f"warm_start.steps={WARM_START_STEPS}", "algo.on_no_signal=train", "algo.max_resamples=0")

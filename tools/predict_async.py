@@ -11,6 +11,7 @@ rollout process does not slow down the trainer.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ from icrl_megatron.plan.async_simulation import (
 from icrl_megatron.plan.engine_speed import DecodeSpeed
 
 CASES = ("waiting", "no waits")
+Trace = list[list[list[float]]]
+"""A group as `bench_async.trace` writes it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Arm:
     predicted_s: float
 
 
-def groups(trace: Sequence[Any]) -> Callable[[int], Group]:
+def groups(trace: Sequence[Trace]) -> Callable[[int], Group]:
     """The groups of a run in its order, again from the beginning where it has too few."""
     read = [
         tuple(tuple(SimulatedTurn(max(1.0, tokens), wait_s=wait) for tokens, wait in episode) for episode in group)
@@ -55,7 +58,7 @@ def groups(trace: Sequence[Any]) -> Callable[[int], Group]:
     return lambda number: read[number % len(read)]
 
 
-def longest(trace: Sequence[Any]) -> float:
+def longest(trace: Sequence[Trace]) -> float:
     """Tokens of the longest episode of a step, on average."""
     steps = [trace[i : i + TASKS_PER_STEP] for i in range(0, len(trace), TASKS_PER_STEP)]
     tokens = [max(sum(n for n, _ in episode) for group in step for episode in group) for step in steps]
@@ -65,13 +68,14 @@ def longest(trace: Sequence[Any]) -> float:
 def predict(result: Mapping[str, Any]) -> list[Arm]:
     """Raises ValueError for a result that is not of bench_async.py."""
     try:
-        medians, settings, traces = result["medians"], result["settings"], result["traces"]
+        medians, settings = result["medians"], result["settings"]
+        traces = {case: [json.loads(group) for group in of] for case, of in result["traces"].items()}
         names = {f"{case}, {k}": (case, k) for case in CASES for k in ARMS}
         measured = {name: float(medians[name]["seconds_per_episode"]) for name in names}
         share = float(medians["no waits, 0"]["waited_share"])
         steps, skip, interleave = int(settings["steps"]), int(settings["skip"]), bool(settings["interleave"])
         played, tokens = {case: groups(traces[case]) for case in CASES}, longest(traces["no waits"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a result of tools/bench_async.py ({error!r} is missing or no number)") from error
     if not (0 < share < 1 and tokens > 0 and all(math.isfinite(s) and s > 0 for s in measured.values())):
         raise ValueError("seconds_per_episode, waited_share and tokens must be above 0, waited_share below 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from io import StringIO
@@ -220,7 +221,7 @@ def measured(seconds: dict[int, float], share: float) -> dict[str, Any]:
     """A result of bench_async: every episode has one request of 10 tokens; half of the waits are 0, half 2 s."""
     medians = {f"{case}, {k}": {"seconds_per_episode": seconds[k]} for case in predict_async.CASES for k in seconds}
     medians["no waits, 0"]["waited_share"] = share
-    slow, fast = ([[[10.0, wait_s]]] * 4 for wait_s in (2.0, 0.0))
+    slow, fast = (json.dumps([[[10.0, wait_s]]] * 4) for wait_s in (2.0, 0.0))
     traces = {"waiting": [slow, fast] * 4, "no waits": [fast] * 8}
     return {"medians": medians, "traces": traces, "settings": {"steps": 24, "skip": 6, "interleave": False}}
 
