@@ -114,6 +114,12 @@ class Talk:
             assert time.monotonic() < deadline, self.heard[-5:]
             await asyncio.sleep(0.005)
 
+    async def plays(self, *numbers: int) -> None:
+        """Sends the first weights, and returns when these groups have generated some tokens."""
+        self.say(Update(1, ()))
+        self.say(begin(*numbers))
+        await self.until(lambda: self.service._meter.tokens > 4)
+
     def ended(self) -> dict[int, GroupEnded]:
         return {message.number: message for message in self.heard if isinstance(message, GroupEnded)}
 
@@ -292,9 +298,7 @@ async def test_an_update_and_a_restart_that_cross_each_other(folders: list[Path]
 
 async def test_a_sleeping_engine_generates_nothing_until_the_next_update(folders: list[Path]) -> None:
     async with talking(folders, staleness=2) as talk:
-        talk.say(Update(1, ()))
-        talk.say(begin(0, 1))
-        await talk.until(lambda: talk.service._meter.tokens > 4)
+        await talk.plays(0, 1)
         talk.say(Sleep())
         await talk.until(lambda: talk.of(Asleep))
         generated = talk.service._meter.tokens
@@ -311,9 +315,7 @@ async def test_a_sleeping_engine_generates_nothing_until_the_next_update(folders
 @pytest.mark.parametrize("dies", ["before it sleeps", "while it sleeps"])
 async def test_an_engine_is_not_restarted_while_the_actor_has_its_memory(folders: list[Path], dies: str) -> None:
     async with talking(folders, staleness=2) as talk:
-        talk.say(Update(1, ()))
-        talk.say(begin(0, 1))
-        await talk.until(lambda: talk.service._meter.tokens > 4)
+        await talk.plays(0, 1)
         if dies == "before it sleeps":
             talk.engine.died = "It died."
         talk.say(Sleep())
@@ -333,9 +335,7 @@ async def test_an_engine_is_not_restarted_while_the_actor_has_its_memory(folders
 
 async def test_what_is_saved_does_not_change_while_it_is_sent_and_begins_again_elsewhere(folders: list[Path]) -> None:
     async with talking(folders, staleness=2) as talk:
-        talk.say(Update(1, ()))
-        talk.say(begin(0, 1))
-        await talk.until(lambda: talk.service._meter.tokens > 4)
+        await talk.plays(0, 1)
         talk.say(Save())
         await talk.until(lambda: talk.of(SavedGroups))
         (saved,) = talk.of(SavedGroups)
